@@ -1,0 +1,33 @@
+"""Tests run on 8 simulated CPU devices; with TEST_GPU=1 those marked gpu run on the GPU, and no others."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+
+GPU = os.environ.get("TEST_GPU") == "1"
+if not GPU:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the environment, not jax.config: tests start processes of their own
+os.environ["MPLBACKEND"] = "Agg"  # no window, on a machine with a display either
+
+import jax  # noqa: E402, after the environment that it reads
+import optax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
+jax.config.update("jax_default_matmul_precision", "highest")  # else GPUs multiply float32 as TF32
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `import vit`, started from any folder
+
+
+def pytest_report_header():
+    return f"jax {jax.__version__}, optax {optax.__version__}, on the {jax.default_backend()}"
+
+
+def pytest_collection_modifyitems(config, items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if GPU:
+        config.hook.pytest_deselected(items=[item for item in items if item not in marked])
+        items[:] = marked
+    if jax.default_backend() != "gpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: TEST_GPU=1 make test, where there is one"))

@@ -1,0 +1,56 @@
+"""Run the demos, one after the other, and print one table: python tests/run_demos.py [vit mixer ...]
+
+A demo succeeds when it exits with 0 and has printed a line of this form ("at most" where less is better):
+    result: held-out accuracy: got 97.6 %, expected 97.5 %, at least 97.0 %
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+FILES = ["vit", "mixer", "moe", "performer", "memeff_attention", "vdm", "gsam", "amos"]
+RESULT = re.compile(r"result: (.+): got (.+), expected (.+), (at (?:least|most) .+)")
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(name: str, root: pathlib.Path) -> list[str]:
+    """Run one demo, pass on what it prints as it comes, and return its row of the table."""
+    command = [f"{name}.py", "--out", f"figures/{name}.png"]
+    print("$ python", *command, flush=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    start, result = time.monotonic(), None
+    with subprocess.Popen([sys.executable, *command], cwd=root, env=environment, **pipe) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            result = RESULT.fullmatch(line.strip()) or result
+    metric, got, expected, floor = result.groups() if result else ("-", "-", "-", "no result line")
+    failed = process.returncode or not result
+    verdict = f"FAILED: exit status {process.returncode}, {floor}" if failed else "ok"
+    return [f"{name}.py", f"{time.monotonic() - start:.0f}", metric, got, expected, verdict]
+
+
+def main(names: list[str], root: pathlib.Path = ROOT) -> int:
+    there = [name for name in FILES if (root / f"{name}.py").exists()]
+    wrong = [name for name in names if name not in there]
+    if wrong or not there:
+        print("no demo", *wrong, "here: choose from", ", ".join(there) or "nothing", file=sys.stderr)
+        return 2
+    (root / "figures").mkdir(exist_ok=True)
+    rows = [run(name, root) for name in names or there]
+    print()
+    table = [["file", "seconds", "result", "got", "expected", "verdict"], *rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return int(any(row[-1] != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell expects after Ctrl-C, without a traceback

@@ -1,0 +1,610 @@
+"""vit.py against the official code, by hand, and by what the paper claims."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vit
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests/golden/vit"
+TINY = vit.Config(image_size=(8, 12), patch_size=(4, 4), width=16, depth=2, heads=4, mlp=32, classes=5)
+POOLS = {"token": "token", "tok": "token", "gap": "gap", "unpooled": "none", "token_unpooled": "token_none"}
+
+# ==== Golden ================================================================================================
+
+
+@functools.cache
+def golden(name):
+    arrays = dict(np.load(GOLDEN / f"{name}.npz", allow_pickle=False))
+    return json.loads(str(arrays.pop("meta"))), arrays
+
+
+def part(arrays, prefix):
+    """The arrays whose names begin with prefix, without it."""
+    return {name[len(prefix) :]: a for name, a in arrays.items() if name.startswith(prefix)}
+
+
+def config_of(c):
+    """Config of the official configuration in a golden's meta data, of either code base."""
+    big_vision = "posemb" in c
+    width = c["width" if big_vision else "hidden_size"]
+    representation = (width if c.get("rep_size") else None) if big_vision else c.get("representation_size")
+    return vit.Config(
+        image_size=tuple(c["image"]),
+        patch_size=tuple(c["patch_size" if big_vision else "patch"]),
+        width=width,
+        depth=c["depth" if big_vision else "num_layers"],
+        heads=c["num_heads"],
+        mlp=c["mlp_dim"] or 4 * width,
+        classes=c["num_classes"],
+        pool=POOLS[c["pool_type" if big_vision else "classifier"]],
+        representation=representation,
+        position=c.get("posemb", "learned"),
+        class_position=not big_vision,
+        dropout=c.get("dropout_rate", 0.0),
+        attention_dropout=c.get("attention_dropout_rate", 0.0),
+    )
+
+
+def close(got, want, tolerance, largest=None):
+    """Largest difference, as a share of the largest value of want or of what is given."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    error = np.abs(got - want).max() / (largest or np.abs(want).max())
+    assert error < tolerance, f"error {error:.2e} of the largest value"
+
+
+def close_gradients(got, want, tolerance=2e-5):
+    """Two dicts of arrays; errors as a share of the largest value of all, since some are zero in theory."""
+    assert got.keys() == want.keys()
+    largest = max(np.abs(a).max() for a in want.values())
+    for name in want:
+        close(got[name], want[name], tolerance, largest)
+
+
+FORWARD = [
+    "vit_token",
+    "vit_gap",
+    "vit_representation",
+    "vit_unpooled",
+    "vit_token_unpooled",
+    "bv_vit_sincos_gap",
+]
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_golden_outputs_and_gradients(name):
+    meta, arrays = golden(name)
+    config = config_of(meta["config"])
+    params = vit.from_official(part(arrays, "params/"), config)
+    images, labels = arrays["in/images"], arrays["in/labels"]
+
+    def loss(params, images):
+        return vit.loss_fn(params, images, labels, config)
+
+    value, (grads, image_grad) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, images)
+    assert float(value) == pytest.approx(float(arrays["out/loss"]), rel=1e-6)
+    layout = "vit" if config.class_position else "big_vision"
+    want = {n: a for n, a in part(arrays, "grad/").items()}
+    close_gradients(vit.to_official(grads, config, layout), want)
+    if "out/grad_images" in arrays:
+        close(image_grad, arrays["out/grad_images"], 2e-5)
+    run = jax.jit(lambda p, x: (vit.features(p, x, config), vit.forward(p, x, config)))
+    pre_logits, logits = run(params, images)
+    close(pre_logits, arrays["out/pre_logits"], 1e-5)
+    close(logits, arrays["out/logits"], 1e-5)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_golden_intermediate_values(name):
+    meta, arrays = golden(name)
+    config = config_of(meta["config"])
+    params = vit.from_official(part(arrays, "params/"), config)
+
+    @jax.jit
+    def values(params, images):
+        out = {"posembed": vit.embed(params, images, config)}
+        patches = vit.patchify(images, config.patch_size)
+        out["embedding"] = vit.linear(patches, params["embed"], "float32", axes=3)
+        x = out["posembed"]
+        for i in range(config.depth):
+            weights = jax.tree.map(lambda a: a[i], params["blocks"])
+            silent = {**weights, "mlp2": jax.tree.map(jnp.zeros_like, weights["mlp2"])}
+            out[f"block_{i}_attention"] = vit.block(x, silent, config)[0] - x  # without its MLP
+            x = out[f"block_{i}"] = vit.block(x, weights, config)[0]
+        out["encoded"] = vit.layer_norm(x, params["norm"])
+        return out
+
+    got = values(params, arrays["in/images"])
+    got["with_posemb"] = got["posembed"]
+    stored = {n: a for n, a in part(arrays, "out/").items() if n in got}
+    assert len(stored) >= config.depth + 2
+    for name, want in stored.items():
+        close(np.reshape(got[name], want.shape), want, 1e-5)
+
+
+def test_golden_dropout_falls_where_the_official_code_drops(monkeypatch):
+    meta, arrays = golden("vit_dropout")
+    config = dataclasses.replace(config_of(meta["config"]), remat=False)
+    params = vit.from_official(part(arrays, "params/"), config)
+    images, labels = arrays["in/images"], arrays["in/labels"]
+    close(vit.forward(params, images, config), arrays["out/logits_eval"], 1e-5)
+    masks = [(arrays[f"in/keep_mask/{name}"], meta["keep_prob"][name]) for name in meta["draw_order"]]
+    drawn = []
+
+    def stored_mask(key, keep, shape):
+        mask, probability = masks[len(drawn) % len(masks)]
+        drawn.append(probability)
+        assert mask.shape == tuple(shape) and keep == pytest.approx(probability)
+        return mask
+
+    def loop(layer, x, inputs):  # lax.scan traces its body once, with one draw for all blocks
+        for i in range(config.depth):
+            x, _ = layer(x, jax.tree.map(lambda a: a[i], inputs))
+        return x, None
+
+    monkeypatch.setattr(jax.random, "bernoulli", stored_mask)
+    monkeypatch.setattr(vit.lax, "scan", loop)
+    key = jax.random.key(0)
+    loss = lambda p: vit.loss_fn(p, images, labels, config, key=key)
+    value, grads = jax.value_and_grad(loss)(params)
+    assert len(drawn) == len(masks)
+    assert float(value) == pytest.approx(float(arrays["out/loss"]), rel=1e-6)
+    close(vit.forward(params, images, config, key=key), arrays["out/logits"], 1e-5)
+    close_gradients(vit.to_official(grads, config), part(arrays, "grad/"))
+
+
+def test_golden_position_resize():
+    meta, arrays = golden("vit_posemb_interpolate")
+    for spec in meta["specs"]:
+        old, new, prefix = spec["old_grid"], spec["new_grid"], int(spec["has_class_token"])
+        got = vit.resize_position_embedding(
+            arrays[f"in/{spec['i']}/posemb"][0], (old, old), (new, new), prefix
+        )
+        close(got, arrays[f"out/{spec['i']}/posemb"][0], 1e-6)
+
+
+def test_golden_loading_for_fine_tuning():
+    meta, arrays = golden("vit_load_pretrained_resize")
+    old, new = config_of(meta["checkpoint_config"]), config_of(meta["model_config"])
+    params = vit.adapt(vit.from_official(part(arrays, "params/"), old), old, new)
+    assert not np.any(params["head"]["kernel"]) and "pre_logits" not in params
+    close(params["position"], arrays["out/posemb_after"][0], 1e-6)
+    params["head"] = {"kernel": arrays["in/init_head_kernel"], "bias": arrays["in/init_head_bias"]}
+    close(vit.forward(params, arrays["in/images"], new), arrays["out/logits"], 1e-5)
+    linen = {name for name in vit.to_official(params, new, "vit")}
+    for official, newer in vit.NEWER.items():
+        linen = {n if "pos_embedding" in n else n.replace(official, newer) for n in linen}
+    assert sorted(linen) == str(arrays["out/loaded_names"]).split("\n")
+
+
+def test_golden_class_position_folds_into_the_token_for_big_vision():
+    _, token = golden("vit_token")
+    meta, arrays = golden("bv_from_old_checkpoint")
+    old = config_of(golden("vit_token")[0]["config"])
+    new = dataclasses.replace(old, class_position=False)
+    params = vit.from_official(part(token, "params/"), old)
+    params = {**vit.adapt(params, old, new), "head": params["head"]}
+    flat = vit.to_official(params, new, "big_vision")
+    np.testing.assert_array_equal(flat["cls"], arrays["out/cls"])
+    np.testing.assert_array_equal(flat["pos_embedding"], arrays["out/pos_embedding"])
+    assert sorted(flat) == str(arrays["out/names"]).split("\n")
+    close(vit.forward(params, token["in/images"], new), arrays["out/logits"], 1e-5)
+    back = {**vit.adapt(params, new, old), "head": params["head"]}
+    close(vit.forward(back, token["in/images"], old), arrays["out/logits"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_preprocess", "bv_preprocess"])
+def test_golden_preprocessing(name):
+    meta, arrays = golden(name)
+    size = (meta["target_size"],) * 2
+    for i in range(3):
+        image = arrays[f"in/{i}/image"][None]
+        got = np.asarray(vit.preprocess(image, size)[0])
+        if name == "vit_preprocess":
+            close(got, arrays[f"out/{i}/finetune_eval"], 1e-6)
+        else:  # big_vision drops the fractions after the resize
+            np.testing.assert_allclose(vit.preprocess(image)[0], arrays[f"out/{i}/value_range"], atol=2e-7)
+            lost = (got - arrays[f"out/{i}/resize"]) * 127.5
+            assert -1e-3 < lost.min() and lost.max() < 1 + 1e-3
+
+
+def test_golden_sincos_positions():
+    _, arrays = golden("bv_sincos2d")
+    for name, want in part(arrays, "out/").items():
+        h, w, width, temperature = map(int, re.fullmatch(r"(\d+)x(\d+)x(\d+)_T(\d+)", name).groups())
+        close(vit.sincos2d((h, w), width, temperature), want[0], 1e-6)
+
+
+def test_golden_schedules():
+    meta, arrays = golden("lr_schedules")
+    covered = 0
+    for spec in meta["specs"]:
+        args, which = dict(spec["args"]), spec["which"]
+        if args["decay_type"] not in ("cosine", "linear"):
+            continue  # "rsqrt" and "stair" of big_vision are not the paper's
+        rate = vit.schedule(
+            args.get("base", 1.0),
+            args["total_steps"],
+            args["warmup_steps"],
+            args["decay_type"],
+            args.get("linear_end", 1e-5),
+        )
+        steps = jnp.asarray(arrays[f"in/{which}/steps"], jnp.float32)
+        want = arrays.get(f"out/{which}/lr", arrays.get(f"out/{which}/mult"))
+        close(jax.vmap(rate)(steps), want, 1e-6)
+        covered += 1
+    assert covered == 7
+
+
+def test_golden_pretraining_optimizer():
+    meta, arrays = golden("bv_adam_steps")
+    c = meta["config"]
+    recipe = vit.Recipe(
+        "adam", 1, meta["total_steps"], c["lr"], "cosine", 2, c["wd"] / c["lr"], 1.0, 0.0, "test"
+    )
+    optimizer = vit.make_optimizer(recipe, momentum_dtype="bfloat16")
+    params = vit.nest(part(arrays, "params/"))
+    params["pos_embedding"] = {"table": params["pos_embedding"]}  # a path of two parts, like the others
+    state = optimizer.init(params)
+    for step in range(5):
+        grads = vit.nest(part(arrays, f"in/grad_step{step}/"))
+        grads["pos_embedding"] = {"table": grads["pos_embedding"]}
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        got = vit.named_leaves(params)
+        got["pos_embedding"] = got.pop("pos_embedding/table")
+        for name, want in part(arrays, f"out/step{step}/").items():
+            close(got[name], want, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, tolerance",
+    [
+        ("vit_finetune_steps_f32mom", None, 2e-6),
+        # the official bfloat16 momentum rounds apart from ours wherever a value lies near the middle of two
+        ("vit_finetune_steps", "bfloat16", 5e-3),
+    ],
+)
+def test_golden_fine_tuning_steps(name, dtype, tolerance):
+    meta, arrays = golden(name)
+    config = config_of(meta["config"])
+    recipe = vit.RECIPES["to CIFAR"]._replace(
+        steps=meta["total_steps"],
+        learning_rate=meta["base_lr"],
+        warmup=meta["warmup_steps"],
+        clip=meta["grad_clip"],
+    )
+    optimizer = vit.make_optimizer(recipe, dtype)
+    params = jax.tree.map(jnp.array, vit.from_official(part(arrays, "params/"), config))
+    state = optimizer.init(params)
+    step = vit.make_train_step(config, optimizer, mesh_of(1, 1), accumulate=meta["accum_steps"])
+    losses = []
+    for i in range(meta["steps"]):
+        batch = arrays["in/images"][i], arrays["in/labels"][i]
+        params, state, loss = step(params, state, *batch, jax.random.key(0))
+        losses.append(float(loss))
+    close(losses, arrays["out/losses"], tolerance)
+    want, got = part(arrays, "out/params_after/"), vit.to_official(params, config)
+    close_gradients(got, want, tolerance)
+    trace = next(
+        s.trace for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "trace")) if hasattr(s, "trace")
+    )
+    close_gradients(vit.to_official(trace, config), part(arrays, "out/momentum_after/"), 4 * tolerance)
+
+
+def mesh_of(data, model):
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+# ==== Equations, worked by hand =============================================================================
+
+
+def test_patches_are_read_row_by_row():
+    image = np.arange(2 * 4 * 6).reshape(1, 4, 12, 1)  # 4 rows, 12 columns; patches of 2 x 6
+    got = np.asarray(vit.patchify(image, (2, 6)))[0, ..., 0]
+    assert got.shape == (4, 2, 6)
+    np.testing.assert_array_equal(got[1], [range(6, 12), range(18, 24)])  # right of the first
+    np.testing.assert_array_equal(got[2], [range(24, 30), range(36, 42)])  # below the first
+
+
+def test_attention_of_two_tokens_by_hand():
+    q, k = np.zeros((2, 1, 1, 2, 4), np.float32)
+    q[0, 0, 0, 0], k[0, 0, 1, 0] = 2 * math.log(3), 1.0  # token 0 scores log(3) on token 1 after 1/sqrt(4)
+    weights = vit.attention_weights(q, k)
+    np.testing.assert_allclose(weights[0, 0], [[0.25, 0.75], [0.5, 0.5]], rtol=1e-6)
+    v = np.array([[1.0, 10.0], [5.0, 50.0]], np.float32).reshape(1, 1, 2, 2)
+    np.testing.assert_allclose(vit.attention_reference(q, k, v)[0, 0], [[4, 40], [3, 30]], rtol=1e-6)
+
+
+def test_recipes_tell_where_their_numbers_come_from():
+    assert all(r.source.startswith(("quoted: ", "reproduced: ")) for r in vit.RECIPES.values())
+    adam = vit.make_optimizer(vit.RECIPES["ImageNet"]._replace(warmup=0))
+    params = {"a": {"kernel": jnp.ones(3), "bias": jnp.ones(3)}}
+    updates, _ = adam.update(jax.tree.map(jnp.zeros_like, params), adam.init(params), params)
+    np.testing.assert_allclose(
+        updates["a"]["kernel"], -0.3 * 3e-3, rtol=1e-5
+    )  # decay alone, not times the rate again
+    np.testing.assert_array_equal(updates["a"]["bias"], 0)
+
+
+def test_dropout_keeps_the_mean_and_differs_between_blocks_and_rows():
+    x = jnp.ones((100, 100))
+    y = vit.dropout(jax.random.key(0), x, 0.25)
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)} and abs(float(y.mean()) - 1) < 0.02
+    config = dataclasses.replace(TINY, dropout=0.5, depth=1)
+    images = np.zeros((2, 8, 12, 3), np.float32)  # two equal rows
+    out = vit.features(random_params(config), images, config, key=jax.random.key(1))
+    assert float(abs(out[0] - out[1]).max()) > 0.1
+
+
+# ==== Claims ================================================================================================
+
+
+def random_params(config, seed=0, scale=0.3):
+    """Weights without zeros, so that every path of the model counts."""
+    shapes = jax.eval_shape(lambda key: vit.init_params(key, config), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: (scale * rng.normal(size=a.shape)).astype(np.float32), shapes)
+
+
+def random_batch(config, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.uniform(-1, 1, (size, *config.image_size, config.channels)).astype(np.float32)
+    return images, rng.integers(0, config.classes, size).astype(np.int32)
+
+
+PUBLISHED = {
+    "Ti/16": 5_717_416,
+    "S/16": 22_050_664,
+    "S/32": 22_878_952,
+    "B/8": 86_576_872,
+    "B/16": 86_567_656,
+    "B/32": 88_224_232,
+    "L/16": 304_326_632,
+    "L/32": 306_535_400,
+    "H/14": 632_045_800,
+}
+
+
+def test_c1_parameter_counts():
+    """Table 1: 86M, 307M and 632M parameters; to the last one in the official test, at 1,000 classes and 224 pixels."""
+    assert vit.SIZES.keys() == PUBLISHED.keys()
+    for name, count in PUBLISHED.items():
+        shapes = jax.eval_shape(functools.partial(vit.init_params, config=vit.SIZES[name]), jax.random.key(0))
+        assert sum(math.prod(a.shape) for a in jax.tree.leaves(shapes)) == count, name
+
+
+@pytest.mark.parametrize("position, commutes", [("none", True), ("learned", False), ("sincos2d", False)])
+def test_c2_without_positions_the_encoder_commutes_with_permutations(position, commutes):
+    """Sec. 3.1: position embeddings are all that tells the encoder where a patch was."""
+    config = dataclasses.replace(TINY, position=position, pool="none", classes=0)
+    params = random_params(config)
+    images, _ = random_batch(dataclasses.replace(config, classes=5), 2)
+    order = np.random.default_rng(1).permutation(6)
+    patches = np.asarray(vit.patchify(images, (4, 4)))[:, order]  # [B,T,h,w,C]
+    shuffled = patches.reshape(2, 2, 3, 4, 4, 3).swapaxes(2, 3).reshape(images.shape)
+    run = jax.jit(lambda x: vit.features(params, x, config))
+    error = float(abs(run(images)[:, order] - run(shuffled)).max())
+    assert error < 1e-5 if commutes else error > 0.1
+
+
+def test_c3_resizing_to_the_same_grid_changes_nothing_and_rectangles_are_not_transposed():
+    """Sec. 3.2: 2D interpolation of the pre-trained position embeddings, according to their place in the image."""
+    table = np.random.default_rng(0).normal(size=(1 + 7 * 14, 6)).astype(np.float32)
+    np.testing.assert_array_equal(vit.resize_position_embedding(table, (7, 14), (7, 14), 1), table)
+    rows, columns = np.mgrid[:2, :3].astype(np.float32)
+    places = np.stack([rows.ravel(), columns.ravel()], axis=1)  # each patch knows its row and column
+    got = vit.resize_position_embedding(places, (2, 3), (3, 5), 0).reshape(3, 5, 2)
+    np.testing.assert_allclose(got[..., 0], np.linspace(0, 1, 3)[:, None] * np.ones(5), atol=1e-6)
+    np.testing.assert_allclose(got[..., 1], np.ones((3, 1)) * np.linspace(0, 2, 5), atol=1e-6)
+    with pytest.raises(ValueError, match="6 rows, not 1 \\+ 6"):
+        vit.resize_position_embedding(places, (2, 3), (3, 5), 1)
+
+
+def test_c4_a_zero_head_starts_at_log_classes():
+    """Sec. 3.2: for fine-tuning the head is replaced by a zero-initialised one."""
+    config = dataclasses.replace(TINY, classes=7)
+    params = vit.init_params(jax.random.key(0), config)
+    loss = vit.loss_fn(params, *random_batch(config), config)
+    assert float(loss) == pytest.approx(math.log(7), abs=1e-5)
+
+
+def test_c5_rollout_rows_are_distributions_and_known_attention_gives_the_product_by_hand():
+    """Abnar & Zuidema, Sec. 3: A = 0.5 W + 0.5 I, multiplied recursively from the first layer on."""
+    maps = vit.attention_maps(random_params(TINY), random_batch(TINY, 3)[0], TINY)
+    assert maps.shape == (2, 3, 4, 7, 7)
+    np.testing.assert_allclose(maps.sum(-1), 1, atol=1e-5)
+    rollout = vit.attention_rollout(maps)
+    assert rollout.shape == (3, 7, 7) and float(rollout.min()) >= 0
+    np.testing.assert_allclose(rollout.sum(-1), 1, atol=1e-5)
+    # layer 1: everybody looks at token 0; layer 2: everybody looks at token 1, in both heads
+    first, second = np.zeros((2, 1, 2, 3, 3), np.float32)
+    first[..., 0], second[..., 1] = 1, 1
+    got = vit.attention_rollout(jnp.stack([first, second]))[0]
+    one = np.array([[1, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5]])
+    two = np.array([[0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5]])
+    np.testing.assert_allclose(got, two @ one)  # second layer on the left: not one @ two
+    assert not np.allclose(two @ one, one @ two)
+
+
+def test_c5_attention_maps_are_those_of_the_forward_pass():
+    params, (images, _) = random_params(TINY), random_batch(TINY, 2)
+    x = vit.embed(params, images, TINY)
+    weights = jax.tree.map(lambda a: a[0], params["blocks"])
+    y = vit.layer_norm(x, weights["norm1"])
+    q, k, v = (
+        np.einsum("btd,dhk->bthk", y, w["kernel"]) + w["bias"]
+        for w in (weights[n] for n in ("query", "key", "value"))
+    )
+    scores = np.einsum("bthk,bshk->bhts", q, k) / 2  # sqrt of the head size 4
+    weights_by_hand = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(vit.attention_maps(params, images, TINY)[0], weights_by_hand, rtol=1e-4)
+
+
+def test_c6_patch_embedding_is_a_linear_map_of_flattened_patches():
+    """Eq. 1: x_p E, equal to the convolution of the official code with stride and kernel of a patch."""
+    params, (images, _) = random_params(TINY), random_batch(TINY, 2)
+    embed = params["embed"]
+    convolved = jax.lax.conv_general_dilated(
+        images, embed["kernel"], (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    want = (convolved + embed["bias"]).reshape(2, 6, 16)
+    flat = (
+        np.asarray(vit.patchify(images, (4, 4))).reshape(2, 6, 48) @ embed["kernel"].reshape(48, 16)
+        + embed["bias"]
+    )
+    got = vit.linear(vit.patchify(images, (4, 4)), embed, "float32", axes=3)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(got, flat, atol=1e-5)
+
+
+def count(jaxpr, cost):
+    """Sum of cost(equation) over a jaxpr, loop bodies times their trips."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        total += cost(eqn)
+        trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += trips * count(inner, cost)
+    return total
+
+
+def matmul_flops(eqn):
+    if eqn.primitive.name != "dot_general":
+        return 0
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    sizes = [eqn.invars[0].aval.shape[i] for i in contracted]
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes)
+
+
+def flops(config):
+    shapes = jax.eval_shape(functools.partial(vit.init_params, config=config), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((1, *config.image_size, config.channels), "float32")
+    return count(jax.make_jaxpr(lambda p, x: vit.forward(p, x, config))(shapes, images).jaxpr, matmul_flops)
+
+
+def test_c8_flops_are_linear_in_depth_and_attention_quadratic_in_tokens():
+    """Sec. 3.1, 4.5: cost of the encoder; every matrix product counted from the jaxpr."""
+    base = dataclasses.replace(TINY, position="none", pool="gap", classes=0)
+    depth = [flops(dataclasses.replace(base, depth=n)) for n in (1, 2, 3)]
+    assert depth[2] - depth[1] == depth[1] - depth[0] > 0
+    D, F, T = 16, 32, 6
+    assert depth[1] - depth[0] == 2 * T * (4 * D * D + 2 * D * F) + 4 * T * T * D
+    tokens = [
+        flops(dataclasses.replace(base, image_size=(8, 4 * n), depth=1)) for n in (1, 2, 3)
+    ]  # T = 2, 4, 6
+    embed_and_linear = 2 * 2 * (48 * D + 4 * D * D + 2 * D * F)  # of two tokens
+    quadratic = [total - (i + 1) * embed_and_linear for i, total in enumerate(tokens)]
+    assert quadratic == [4 * T * T * D for T in (2, 4, 6)]
+
+
+# ==== Kernel ================================================================================================
+
+
+@pytest.mark.parametrize(
+    "shape, dtype", [((2, 3, 17, 12), "float32"), ((1, 2, 150, 72), "float32"), ((1, 2, 64, 64), "bfloat16")]
+)
+def test_kernel_equals_the_definition(shape, dtype):
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(3 * rng.normal(size=shape), dtype) for _ in range(4))
+    run = lambda f: jax.jit(lambda *a: (f(*a), jax.vjp(f, *a)[1](g)))(q, k, v)
+    (got, got_grads), (want, want_grads) = run(vit.attention_pallas), run(vit.attention_reference)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2  # bfloat16 keeps 8 bits
+    assert got.dtype == want.dtype
+    close(got.astype("float32"), want.astype("float32"), tolerance)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        close(a.astype("float32"), b.astype("float32"), tolerance)
+
+
+def lowered_for(platform, function, *shapes):
+    """Text of the program for a platform that this machine does not have."""
+    if platform == "tpu":
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("platform, call", [("cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu_custom_call")])
+@pytest.mark.parametrize("tokens, size, dtype", [(197, 64, "bfloat16"), (577, 80, "float32")])
+def test_kernel_lowers_for(platform, call, tokens, size, dtype):
+    shape = jax.ShapeDtypeStruct((2, 3, tokens, size), dtype)
+    assert call in lowered_for(platform, vit.attention_pallas, shape, shape, shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, tolerance", [("float32", 5e-3), ("bfloat16", 2e-2)]
+)  # Triton multiplies as TF32
+def test_kernel_on_a_gpu(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    for T, K in ((197, 64), (577, 80), (50, 32)):
+        q, k, v = (jnp.asarray(rng.normal(size=(2, 3, T, K)), dtype) for _ in range(3))
+        want = vit.attention_reference(*(x.astype("float32") for x in (q, k, v)))
+        close(jax.jit(vit.attention_pallas)(q, k, v).astype("float32"), want, tolerance)
+        if dtype == "bfloat16":
+            close(jax.jit(vit.attention_cudnn)(q, k, v).astype("float32"), want, tolerance)
+
+
+def test_cudnn_refuses_where_it_cannot_run():
+    q = jnp.zeros((1, 2, 4, 8), "bfloat16")
+    with pytest.raises(
+        NotImplementedError, match="needs a GPU, bfloat16 and a head size of 8, 16 ... 128, not cpu"
+    ):
+        vit.attention_cudnn(q, q, q)
+
+
+def test_model_with_the_kernel_equals_the_model_without():
+    params, batch = random_params(TINY), random_batch(TINY)
+    config = dataclasses.replace(TINY, attention="pallas")
+    value, grads = jax.jit(jax.value_and_grad(lambda p: vit.loss_fn(p, *batch, config)))(params)
+    want, want_grads = jax.jit(jax.value_and_grad(lambda p: vit.loss_fn(p, *batch, TINY)))(params)
+    assert float(value) == pytest.approx(float(want), rel=1e-5)
+    close_gradients(vit.named_leaves(grads), vit.named_leaves(want_grads))
+
+
+def test_bfloat16_is_finite_and_close_at_extreme_inputs():
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    params, (images, labels) = random_params(TINY), random_batch(TINY)
+    params["blocks"]["query"]["kernel"] *= 100  # attention that is all on one token
+    images = np.sign(images)
+    run = lambda c: jax.jit(
+        lambda p: (vit.forward(p, images, c), jax.grad(lambda p: vit.loss_fn(p, images, labels, c))(p))
+    )(params)
+    logits, grads = run(config)
+    assert logits.dtype == jnp.float32
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((logits, grads)))
+    params["blocks"]["query"]["kernel"] /= 100
+    close(run(config)[0], run(TINY)[0], 2e-2)
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        config = dataclasses.replace(TINY, dtype="float64")
+        params = jax.tree.map(np.float64, random_params(TINY))
+        images = random_batch(TINY, 2)[0].astype(np.float64)
+        exact = vit.forward(params, images, config)
+        assert exact.dtype == np.float64
+    close(vit.forward(random_params(TINY), images.astype(np.float32), TINY), exact, 1e-5)

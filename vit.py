@@ -1,12 +1,10 @@
 """Vision Transformer: an image is a sequence of patches, read by a plain Transformer encoder.
 
-Paper     Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words: Transformers for Image Recognition at
-          Scale", arXiv:2010.11929 v2. Its Figure 6 is drawn by the attention rollout of Abnar & Zuidema
-          2020, "Quantifying Attention Flow in Transformers", arXiv:2005.00928 v2.
+Paper     Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words", arXiv:2010.11929 v2. Figure 6 is attention
+          rollout: Abnar & Zuidema 2020, "Quantifying Attention Flow in Transformers", arXiv:2005.00928 v2.
 Here      Patches, class token, positions (Eq. 1), encoder (Eq. 2, 3), representation (Eq. 4), attention
           (App. A), sizes (Table 1), resized positions (Sec. 3.2), recipes (Tables 3, 4), rollout.
-Not here  AugReg, ViT-22B, LiT, MLP-Mixer (papers of their own), hybrid ResNet stem (Sec. 3.1), masked patches
-          (App. B.1.2), big_vision's MAP head and sigmoid loss, image augmentation beyond shifts.
+Not here  AugReg, ViT-22B, LiT, Mixer; hybrid stem (Sec. 3.1), masked patches (App. B), MAP head, sigmoid.
 Differs   From the paper, as the official code does: tanh GELU, LayerNorm epsilon 1e-6, last LayerNorm before
           any pooling, zero head, dropout after the positions too, decay of kernels only, not times the
           learning rate. From the official code: momentum in float32, not bfloat16; new dropout in each
@@ -32,30 +30,23 @@ import json
 import math
 import os
 import pathlib
+import re
+import sys
 import time
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.experimental import multihost_utils
-from jax.experimental import pallas as pl
+from jax.experimental import multihost_utils, pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.nn.initializers import glorot_uniform, lecun_normal, normal, ones, zeros
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+
 # ==== Config ================================================================================================
-
-CHOICES = {
-    "pool": ("token", "gap", "none", "token_none"),
-    "position": ("learned", "sincos2d", "none"),
-    "gelu": ("tanh", "exact"),
-    "dtype": ("float32", "bfloat16", "float64"),
-    "attention": ("xla", "pallas", "cudnn"),
-}
-
-
 def require(ok, message):  # same in every file
     """ValueError with the message unless ok."""
     if not ok:
@@ -74,42 +65,35 @@ class Config:
     heads: int = 12
     mlp: int = 3072
     classes: int = 1000  # 0: no head, forward returns the features
-    pool: str = (
-        "token"  # for the head: the class token, "gap" mean, "none" all patches, "token_none" all tokens
-    )
+    pool: Literal["token", "gap", "none", "token_none"] = "token"  # class token, mean, patches, all tokens
     representation: int | None = None  # width of a tanh layer before the head ("pre-logits")
-    position: str = "learned"
+    position: Literal["learned", "sincos2d", "none"] = "learned"
     class_position: bool = True  # the class token has a position (vision_transformer) or none (big_vision)
-    gelu: str = "tanh"  # differs from "exact" by up to 5e-4
+    gelu: Literal["tanh", "exact"] = "tanh"  # they differ by up to 5e-4
     dropout: float = 0.0
     attention_dropout: float = 0.0
-    dtype: str = "float32"  # of matmul inputs; weights, norms, softmax and residual are at least float32
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # of products; all else is at least float32
     remat: bool = True  # recompute each block in the backward pass: a tenth of the memory
-    attention: str = "xla"  # a key of ATTENTION
+    attention: Literal["xla", "pallas", "cudnn"] = "xla"
 
     def __post_init__(self):
-        D, R = self.width, self.representation
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            require(value in allowed, f"{name}={value!r}: choose one of {', '.join(allowed)}")
-        for name in ("channels", "width", "depth", "heads", "mlp"):
-            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} is not at least 1")
-        for name in ("dropout", "attention_dropout"):
-            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} is not in [0, 1)")
-        for side, size, patch in zip(("height", "width"), self.image_size, self.patch_size):
-            fits = 1 <= patch <= size and size % patch == 0
-            require(fits, f"image {side} {size} is not a positive multiple of patch {side} {patch}")
-        require(D % self.heads == 0, f"width={D} is not a multiple of heads={self.heads}")
-        require(self.classes >= 0, f"classes={self.classes} is negative")
-        require(R is None or R >= 1, f"representation={R} is neither None nor at least 1")
-        fits = self.position != "sincos2d" or (D % 4 == 0 and D > 4)
-        require(fits, f"width={D} is not a multiple of 4 above 4, as position='sincos2d' needs")
-        fits = self.attention == "xla" or self.attention_dropout == 0
+        for name, kind in get_type_hints(Config).items():
+            value, allowed, least = getattr(self, name), get_args(kind), int(name != "classes")
+            fits = get_origin(kind) is not Literal or value in allowed
+            require(fits, f"{name}={value!r} is none of {', '.join(map(str, allowed))}")
+            fits = kind not in (int, int | None) or value is None or value >= least
+            require(fits, f"{name}={value} is not at least {least}")
+            require(kind is not float or 0 <= value < 1, f"{name}={value} is not in [0, 1)")
+        fits = all(1 <= p <= size and size % p == 0 for size, p in zip(self.image_size, self.patch_size))
+        require(fits, f"image_size={self.image_size} is no positive multiple of patch_size={self.patch_size}")
+        require(self.width % self.heads == 0, f"width={self.width} is not a multiple of heads={self.heads}")
+        fits = self.position != "sincos2d" or (self.width % 4 == 0 and self.width > 4)
+        require(fits, f"width={self.width} is not a multiple of 4 above 4, as position='sincos2d' needs")
+        fits = self.attention == "xla" or not self.attention_dropout
         require(fits, f"attention={self.attention!r} has no dropout: use 'xla' or attention_dropout=0")
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+    def grid(self) -> tuple[int, int]:  # rows and columns of patches
         return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
 
     @property
@@ -117,95 +101,61 @@ class Config:
         return self.pool in ("token", "token_none")
 
 
+BASE = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
 SIZES = {  # Table 1; Ti and S came with later releases of the official code. Patch sizes as released
-    f"{name}/{patch}": Config(patch_size=(patch, patch), width=D, depth=L, heads=H, mlp=4 * D)
-    for name, (D, L, H, *patches) in {
-        "Ti": (192, 12, 3, 16),
-        "S": (384, 12, 6, 16, 32),
-        "B": (768, 12, 12, 8, 16, 32),
-        "L": (1024, 24, 16, 16, 32),
-        "H": (1280, 32, 16, 14),
-    }.items()
-    for patch in patches
+    f"{size}/{patch}": Config(width=D, depth=L, heads=H, mlp=4 * D, patch_size=(patch, patch))
+    for size, (D, L, H) in BASE.items()
+    for patch in {"Ti": [16], "S": [16, 32], "B": [8, 16, 32], "L": [16, 32], "H": [14]}[size]
 }
 
 # ==== Parameters: shape, sharding and initial value of each weight, declared once ===========================
-
-# spec: mesh axis of each array axis, where "data" counts with fsdp only; init: (key, shape) -> array
-Param = collections.namedtuple("Param", "shape spec init")
+Param = dataclasses.make_dataclass("Param", ["shape", "spec", "init"], frozen=True)  # a leaf of trees
 
 
-def param_table(config: Config) -> dict[str, Param]:
-    """Path -> Param. Blocks are stacked on a leading axis L; fsdp cuts the axis D of every kernel."""
-    L, D, H, F, R = (
-        config.depth,
-        config.width,
-        config.heads,
-        config.mlp,
-        config.representation or config.width,
-    )
-    (h, w), C, K, N = config.patch_size, config.channels, D // H, config.classes
+def param_table(config: Config) -> dict:
+    """Param of each weight, blocks stacked on a leading axis L. In spec, "data" counts with fsdp only."""
+    L, D, H, F, N = config.depth, config.width, config.heads, config.mlp, config.classes
+    (h, w), C, K, R = config.patch_size, config.channels, D // H, config.representation or D
     T = math.prod(config.grid) + (config.class_token and config.class_position)
+    norm = lambda *shape: {"scale": Param(shape, P(), ones), "bias": Param(shape, P(), zeros)}
+    dense = lambda kernel, bias: {"kernel": Param(*kernel), "bias": Param(*bias)}
     matrix, split, merge = glorot_uniform(1, 2, 0), glorot_uniform(1, (2, 3), 0), glorot_uniform((1, 2), 3, 0)
+    heads = ((L, D, H, K), P(None, "data", "model"), split), ((L, H, K), P(None, "model"), zeros)
+    wide, cut, bias = P(None, "data", "model"), P(None, "model", "data"), ((D,), P(), zeros)
     table = {
-        "embed/kernel": Param((h, w, C, D), P(None, None, None, "data"), lecun_normal((0, 1, 2), 3)),
-        "embed/bias": Param((D,), P(), zeros),
-        "class": Param((D,), P(), zeros),
-        "position": Param((T, D), P(), normal(0.02)),
-        "blocks/norm1/scale": Param((L, D), P(), ones),
-        "blocks/norm1/bias": Param((L, D), P(), zeros),
-        "blocks/query/kernel": Param((L, D, H, K), P(None, "data", "model"), split),
-        "blocks/query/bias": Param((L, H, K), P(None, "model"), zeros),
-        "blocks/key/kernel": Param((L, D, H, K), P(None, "data", "model"), split),
-        "blocks/key/bias": Param((L, H, K), P(None, "model"), zeros),
-        "blocks/value/kernel": Param((L, D, H, K), P(None, "data", "model"), split),
-        "blocks/value/bias": Param((L, H, K), P(None, "model"), zeros),
-        "blocks/out/kernel": Param((L, H, K, D), P(None, "model", None, "data"), merge),
-        "blocks/out/bias": Param((L, D), P(), zeros),
-        "blocks/norm2/scale": Param((L, D), P(), ones),
-        "blocks/norm2/bias": Param((L, D), P(), zeros),
-        "blocks/mlp1/kernel": Param((L, D, F), P(None, "data", "model"), matrix),
-        "blocks/mlp1/bias": Param((L, F), P(None, "model"), normal(1e-6)),
-        "blocks/mlp2/kernel": Param((L, F, D), P(None, "model", "data"), matrix),
-        "blocks/mlp2/bias": Param((L, D), P(), normal(1e-6)),
-        "norm/scale": Param((D,), P(), ones),
-        "norm/bias": Param((D,), P(), zeros),
-        "pre_logits/kernel": Param((D, R), P("data"), lecun_normal()),
-        "pre_logits/bias": Param((R,), P(), zeros),
-        "head/kernel": Param((R, N), P("data"), zeros),
-        "head/bias": Param((N,), P(), zeros),
+        "embed": dense(((h, w, C, D), P(None, None, None, "data"), lecun_normal((0, 1, 2), 3)), bias),
+        "class": config.class_token and Param((D,), P(), zeros),
+        "position": config.position == "learned" and Param((T, D), P(), normal(0.02)),
+        "blocks": {
+            "norm1": norm(L, D),
+            "query": dense(*heads),
+            "key": dense(*heads),
+            "value": dense(*heads),
+            "out": dense(((L, H, K, D), P(None, "model", None, "data"), merge), ((L, D), P(), zeros)),
+            "norm2": norm(L, D),
+            "mlp1": dense(((L, D, F), wide, matrix), ((L, F), P(None, "model"), normal(1e-6))),
+            "mlp2": dense(((L, F, D), cut, matrix), ((L, D), P(), normal(1e-6))),
+        },
+        "norm": norm(D),
+        "pre_logits": config.representation
+        and dense(((D, R), P("data"), lecun_normal()), ((R,), P(), zeros)),
+        "head": N and dense(((R, N), P("data"), zeros), ((N,), P(), zeros)),
     }
-    optional = {"class": config.class_token, "position": config.position == "learned"}
-    optional |= {"pre_logits": config.representation, "head": config.classes}
-    return {path: param for path, param in table.items() if optional.get(path.split("/")[0], True)}
-
-
-def nest(flat: dict) -> dict:  # same in every file
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree = {}
-    for path, value in flat.items():
-        *parents, name = path.split("/")
-        functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = value
-    return tree
+    return {name: rows for name, rows in table.items() if rows}
 
 
 def init_params(key: jax.Array, config: Config) -> dict:
     """Float32 weights drawn from the official distributions. Nested dict, shapes as in param_table."""
-    table = param_table(config)
+    table, treedef = jax.tree.flatten(param_table(config))
     keys = jax.random.split(key, len(table))
-    return nest({path: param.init(k, param.shape) for k, (path, param) in zip(keys, table.items())})
+    return treedef.unflatten([param.init(k, param.shape) for k, param in zip(keys, table)])
 
 
 # ==== The idea: patches become tokens, tokens attend to each other ==========================================
-
-
 def preprocess(images, size=None):
     """The official input, bilinear without antialiasing. [B,H,W,C] in [0, 255] -> [B,*size,C] in [-1, 1]."""
-    images = jnp.asarray(images, jnp.float32)
-    if size is not None:
-        shape = (len(images), *size, images.shape[-1])
-        images = jax.image.resize(images, shape, "bilinear", antialias=False)
-    return images / 127.5 - 1
+    shape = (len(images), *(size or images.shape[1:3]), images.shape[3])
+    return jax.image.resize(jnp.asarray(images, jnp.float32), shape, "bilinear", antialias=False) / 127.5 - 1
 
 
 def patchify(images, patch_size):
@@ -222,14 +172,9 @@ def sincos2d(grid, width, temperature=10_000.0):
 
 
 def resize_position_embedding(table, old_grid, new_grid, prefix):
-    """Learned positions for another grid (rows, columns) of patches (Sec. 3.2). [prefix+T,D] -> [prefix+T',D].
-
-    Linear, corners aligned; the prefix rows are copied. A start for fine-tuning: untrained it costs accuracy.
-    """
+    """Positions on another grid (rows, columns): linear, corners aligned (Sec. 3.2). [prefix+T,D] -> same."""
     table, T = np.asarray(table), math.prod(old_grid)
-    require(
-        len(table) == prefix + T, f"position table has {len(table)} rows, not {prefix} + {T} of {old_grid}"
-    )
+    require(len(table) == prefix + T, f"{len(table)} positions are not {prefix} + {T} of grid {old_grid}")
     hats = []  # [new,old] linear interpolation along one side: a hat function at each new coordinate
     for old, new in zip(old_grid, new_grid):
         at = np.arange(new) * (old - 1) / max(new - 1, 1)
@@ -239,7 +184,7 @@ def resize_position_embedding(table, old_grid, new_grid, prefix):
 
 
 def dropout(key, x, rate):
-    """Zeroes values of x [...] with probability rate, divides the others by 1 - rate. Without a key x itself."""
+    """Zeroes values of x [...] with probability rate, the others over 1 - rate. x itself without a key."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
@@ -264,15 +209,12 @@ def attention_rollout(maps):
 
 
 # ==== Kernel: the same attention without the [B,H,T,S] array ================================================
-
-
 def _attention_kernel(q_ref, k_ref, v_ref, out_ref, *, length, tile):
     """One tile of queries of one head against its keys, tile by tile. q, out [tile,K]; k, v [S,K]."""
     q = q_ref[...]
 
     def add_tile(i, carry):  # running maximum and sum of the softmax [tile], unnormalised output [tile,K]
-        highest, total, out = carry
-        here = pl.ds(i * tile, tile)
+        (highest, total, out), here = carry, pl.ds(i * tile, tile)
         scores = jnp.dot(q, k_ref[here, :].T, preferred_element_type=jnp.float32)  # [tile,tile]
         key = i * tile + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         scores = jnp.where(key < length, scores, -1e30)  # keys that only pad; finite, since inf - inf is NaN
@@ -289,10 +231,8 @@ def _attention_kernel(q_ref, k_ref, v_ref, out_ref, *, length, tile):
 @jax.custom_vjp
 def attention_pallas(q, k, v):
     """attention_reference as one kernel, backward by the definition. 3 x [B,H,T,K] -> [B,H,T,K].
-
-    Program (b, h, i) sees tile i of the queries and all keys and values of head h of image b. T is padded to
-    whole tiles and masked, K with zeros to a power of two. Not yet measured on a GPU.
-    """
+    Program (b, h, i) sees query tile i and all keys and values of one head. T is padded to whole tiles and
+    masked, K to a power of two. Not yet measured on a GPU."""
     B, H, T, K = q.shape
     tile = min(64, max(16, pl.next_power_of_2(T)))
     padding = ((0, 0), (0, 0), (0, -T % tile), (0, max(16, pl.next_power_of_2(K)) - K))
@@ -308,25 +248,24 @@ def attention_pallas(q, k, v):
     return out[:, :, :T, :K]
 
 
-attention_pallas.defvjp(
-    lambda q, k, v: (attention_pallas(q, k, v), (q, k, v)),
-    lambda saved, g: jax.vjp(attention_reference, *saved)[1](g),
-)
+pullback = lambda saved, g: jax.vjp(attention_reference, *saved)[1](g)  # of the definition
+attention_pallas.defvjp(lambda *qkv: (attention_pallas(*qkv), qkv), pullback)
 
 
 def attention_cudnn(q, k, v):
-    """attention_reference by cuDNN. 3 x [B,H,T,K] -> [B,H,T,K]. NotImplementedError where it has no kernel."""
-    backend, K = jax.default_backend(), q.shape[-1]
+    """attention_reference by cuDNN, or NotImplementedError. 3 x [B,H,T,K] -> [B,H,T,K]."""
+    backend, K, need = jax.default_backend(), q.shape[-1], "a GPU, bfloat16 and a head size of 8, 16 ... 128"
     if backend != "gpu" or q.dtype != jnp.bfloat16 or K not in range(8, 129, 8):
-        needs = "a GPU, bfloat16 and a head size of 8, 16 ... 128"
-        raise NotImplementedError(f"attention='cudnn' needs {needs}, not {backend}, {q.dtype} and {K}")
+        raise NotImplementedError(f"attention='cudnn' needs {need}, not {backend}, {q.dtype} and {K}")
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn").swapaxes(1, 2)
 
 
 ATTENTION = {"xla": attention_reference, "pallas": attention_pallas, "cudnn": attention_cudnn}
 
+
 # ==== Model =================================================================================================
+gelu = jax.checkpoint(jax.nn.gelu, static_argnums=1)  # keeps nothing but its input for the backward pass
 
 
 def layer_norm(x, weights):
@@ -337,17 +276,13 @@ def layer_norm(x, weights):
 
 
 def linear(x, weights, dtype, axes=1, model_axis=None):
-    """x times kernel plus bias over the last axes of x. [...,I] x [I,O] -> [...,O], I (cut over model_axis) and O any."""
+    """x times kernel plus bias. [...,I] x [I,O] -> [...,O], I of so many axes, maybe cut over model_axis."""
     kernel, leading = weights["kernel"], x.shape[: x.ndim - axes]
     inputs = math.prod(kernel.shape[:axes])
-    # one product of matrices with B*T rows: twice as fast on a CPU as one per image
-    y = x.reshape(-1, inputs).astype(dtype) @ kernel.reshape(inputs, -1).astype(dtype)
+    y = x.reshape(-1, inputs).astype(dtype) @ kernel.reshape(inputs, -1).astype(dtype)  # fast on a CPU: 2D
     if model_axis:
         y = lax.psum(y.astype(jnp.promote_types(dtype, jnp.float32)), model_axis)  # sums over all inputs
     return y.reshape(*leading, *kernel.shape[axes:]) + weights["bias"].astype(y.dtype)
-
-
-gelu = jax.checkpoint(jax.nn.gelu, static_argnums=1)  # keeps nothing but its input for the backward pass
 
 
 def gather(weights, table, data_axis):
@@ -365,12 +300,11 @@ def gather(weights, table, data_axis):
 
 def block(x, weights, config: Config, key=None, data_axis=None, model_axis=None):
     """One block, over this device's heads and hidden units. [B,T,D] -> [B,T,D], and q, k [B,H,T,K]."""
-    weights = gather(weights, nest(param_table(config))["blocks"], data_axis)
+    weights = gather(weights, param_table(config)["blocks"], data_axis)
     keys = [None] * 4 if key is None else list(jax.random.split(key, 4))
     if key is not None and model_axis:  # each device draws for its own heads and hidden units
         keys[:2] = [jax.random.fold_in(k, lax.axis_index(model_axis)) for k in keys[:2]]
-    y = layer_norm(x, weights["norm1"])
-    # [B,H,T,K], heads before tokens: attention is twice as fast on a CPU
+    y = layer_norm(x, weights["norm1"])  # q, k, v have heads before tokens: twice as fast on a CPU
     q, k, v = (linear(y, weights[n], config.dtype).swapaxes(1, 2) for n in ("query", "key", "value"))
     noise = (keys[0], config.attention_dropout) if config.attention_dropout else ()
     y = ATTENTION[config.attention](q, k, v, *noise).swapaxes(1, 2)  # [B,T,H,K]
@@ -383,7 +317,12 @@ def block(x, weights, config: Config, key=None, data_axis=None, model_axis=None)
 
 
 def embed(params, images, config: Config):
-    """Tokens: class token first, patches times E, plus positions (Eq. 1). [B,H,W,C] -> [B,T,D]."""
+    """Tokens: class token first, patches times E, plus positions (Eq. 1). [B,H,W,C] in [-1, 1] -> [B,T,D]."""
+    size, traced = (*config.image_size, config.channels), isinstance(images, jax.core.Tracer)
+    require(images.shape[1:] == size, f"images {images.shape} are not [B, {', '.join(map(str, size))}]")
+    low, high = (0, 0) if traced else (float(images.min()), float(images.max()))  # no values under jit
+    fits = jnp.issubdtype(images.dtype, jnp.floating) and -1.001 < low <= high < 1.001
+    require(fits, f"images are {images.dtype} from {low:.4g} to {high:.4g}, not floats in [-1, 1]")
     x = linear(patchify(images, config.patch_size), params["embed"], config.dtype, axes=3)
     x = x.astype(jnp.promote_types(config.dtype, jnp.float32))
     if config.class_token:
@@ -394,68 +333,38 @@ def embed(params, images, config: Config):
     return x + jnp.pad(table, ((x.shape[1] - len(table), 0), (0, 0)))  # a class token without position gets 0
 
 
-def check_images(images, config: Config):
-    """ValueError unless images are floats [B,H,W,C] in [-1, 1]; under jit the range cannot be seen."""
-    size = (*config.image_size, config.channels)
-    require(images.shape[1:] == size, f"images {images.shape} are not [B, {', '.join(map(str, size))}]")
-    floats = jnp.issubdtype(images.dtype, jnp.floating)
-    concrete = floats and not isinstance(images, jax.core.Tracer)
-    low, high = (float(images.min()), float(images.max())) if concrete else (-1, 1)
-    fits = floats and -1.001 < low <= high < 1.001
-    require(
-        fits, f"images are {images.dtype} from {low:.4g} to {high:.4g}, not floats in [-1, 1]: use preprocess"
-    )
-
-
-def features(params, images, config: Config, *, key=None, data_axis=None, model_axis=None):
-    """What the head sees (Eq. 4). images [B,H,W,C] in [-1, 1] -> [B,D], with pre-logits [B,R].
-
-    Pools "none" and "token_none" keep the tokens, [B,T,D]. A key turns dropout on. The axes are mesh axes, inside
-    shard_map: each block sums twice over model_axis (attention, MLP), and with fsdp gathers 6 kernels over data_axis.
-    """
-    check_images(images, config)
-    table = nest(param_table(config))
+def forward(params, images, config: Config, *, key=None, data_axis=None, model_axis=None):
+    """Logits. images [B,H,W,C] in [-1, 1] -> [B,N]; pools "none", "token_none": [B,T,N], class token first.
+    A key turns dropout on. Axes are mesh axes, inside shard_map: a block sums twice over model_axis and, with
+    fsdp, gathers its 6 kernels over data_axis. ValueError for images of another shape, dtype or range."""
+    table = param_table(config)
     outer = {name: gather(params[name], table[name], data_axis) for name in table if name != "blocks"}
     if key is not None and data_axis:
         key = jax.random.fold_in(key, lax.axis_index(data_axis))  # other rows, other draws
-    keys = None if key is None else jax.random.split(key, config.depth)
-
-    def layer(x, inputs):
-        return block(x, inputs[0], config, inputs[1], data_axis, model_axis)[0], None
-
-    start = embed
-    if config.remat:  # inside a scan XLA cannot merge the second forward pass with the first
-        layer, start = jax.checkpoint(layer, prevent_cse=False), jax.checkpoint(embed, static_argnums=2)
-    x = start(outer, images, config)
-    x = x if key is None else dropout(jax.random.fold_in(key, config.depth), x, config.dropout)
-    x, _ = lax.scan(layer, x, (params["blocks"], keys))
+    keys = (None, None) if key is None else (key, jax.random.split(jax.random.fold_in(key, 0), config.depth))
+    layer = lambda x, inputs: (block(x, inputs[0], config, inputs[1], data_axis, model_axis)[0], None)
+    if config.remat:
+        layer = jax.checkpoint(layer, prevent_cse=False)  # a scan has nothing to merge the second pass with
+    x = dropout(keys[0], embed(outer, images, config), config.dropout)
+    x, _ = lax.scan(layer, x, (params["blocks"], keys[1]))
     x = layer_norm(x, outer["norm"])
     if config.pool in ("token", "gap"):
-        x = x[:, 0] if config.pool == "token" else x.mean(1)  # [B,D]
-    return (
-        jnp.tanh(linear(x, outer["pre_logits"], config.dtype)).astype(x.dtype) if config.representation else x
-    )
+        x = x[:, 0] if config.pool == "token" else x.mean(1)  # [B,D], Eq. 4
+    if config.representation:
+        x = jnp.tanh(linear(x, outer["pre_logits"], config.dtype)).astype(x.dtype)
+    return linear(x, outer["head"], config.dtype).astype(x.dtype) if config.classes else x
 
 
-def forward(params, images, config: Config, *, key=None, data_axis=None, model_axis=None):
-    """Logits. images [B,H,W,C] in [-1, 1] -> [B,N], pools "none" and "token_none" [B,T,N]. See features."""
-    x = features(params, images, config, key=key, data_axis=data_axis, model_axis=model_axis)
-    if not config.classes:
-        return x
-    head = gather(params["head"], nest(param_table(config))["head"], data_axis)
-    return linear(x, head, config.dtype).astype(x.dtype)
+def features(params, images, config: Config, **options):
+    """What the head sees, arguments as forward. [B,H,W,C] -> [B,D], or [B,R] after pre-logits; [B,T,...]."""
+    return forward(params, images, dataclasses.replace(config, classes=0), **options)
 
 
 def attention_maps(params, images, config: Config):
     """Attention weights of every block by the definition. images [B,H,W,C] in [-1, 1] -> [L,B,H,T,T]."""
-    check_images(images, config)
-    config = dataclasses.replace(config, attention="xla")
-
-    def layer(x, weights):
-        x, query_key = block(x, weights, config)
-        return x, attention_weights(*query_key)
-
-    return lax.scan(layer, embed(params, images, config), params["blocks"])[1]
+    layer = lambda x, weights: block(x, weights, dataclasses.replace(config, attention="xla"))
+    _, (q, k) = lax.scan(layer, embed(params, images, config), params["blocks"])
+    return jax.vmap(attention_weights)(q, k)
 
 
 def loss_fn(params, images, labels, config: Config, *, key=None, data_axis=None, model_axis=None):
@@ -465,42 +374,26 @@ def loss_fn(params, images, labels, config: Config, *, key=None, data_axis=None,
     return lax.pmean(loss, data_axis) if data_axis else loss  # mean over the rows of all devices
 
 
-def count_right(params, images, labels, config: Config, *, key=None, data_axis=None, model_axis=None):
-    """How many labels are the likeliest class. images [B,H,W,C] in [-1, 1], labels int [B] -> scalar."""
-    right = forward(params, images, config, data_axis=data_axis, model_axis=model_axis).argmax(-1) == labels
-    return lax.psum(right.sum(), data_axis) if data_axis else right.sum()  # sums the rows of all devices
-
-
 # ==== Sharded training: batch over mesh axis "data", heads and hidden units over "model" ====================
-
-# weight_decay in units of the learning rate, as in the paper; warmup in steps; clip: global norm of the gradient
-FIELDS = "optimizer batch steps learning_rate decay warmup weight_decay clip dropout source"
-Recipe = collections.namedtuple("Recipe", FIELDS)
-RECIPES = {  # pre-training at 224 pixels, epochs turned into steps; fine-tuning at 384 pixels
-    "JFT-300M": Recipe(
-        "adam", 4096, 517_000, 8e-4, "linear", 10_000, 0.1, None, 0.0, "quoted: Table 3, B/16"
-    ),
-    "ImageNet-21k": Recipe(
-        "adam", 4096, 312_000, 1e-3, "linear", 10_000, 0.03, None, 0.1, "quoted: Table 3, B/16"
-    ),
-    "ImageNet": Recipe("adam", 4096, 93_800, 3e-3, "cosine", 10_000, 0.3, 1.0, 0.1, "quoted: Table 3, B/16"),
+Recipe = collections.namedtuple(  # warmup in steps; weight_decay as in the paper, per unit of learning rate
+    "Recipe", "optimizer batch steps learning_rate decay warmup weight_decay clip dropout source"
+)
+RECIPES = {  # of B/16. Pre-training at 224 pixels, epochs turned into steps; fine-tuning at 384 pixels
+    "ImageNet-21k": Recipe("adam", 4096, 312_000, 1e-3, "linear", 10_000, 0.03, None, 0.1, "quoted: Table 3"),
+    "ImageNet": Recipe("adam", 4096, 93_800, 3e-3, "cosine", 10_000, 0.3, 1.0, 0.1, "quoted: Table 3"),
     "to ImageNet": Recipe("sgd", 512, 20_000, 0.03, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
     "to CIFAR": Recipe("sgd", 512, 10_000, 0.01, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
-    "digits": Recipe("adam", 128, 2_000, 2e-3, "cosine", 200, 0.05, 1.0, 0.0, "reproduced: python vit.py"),
+    "digits": Recipe("adam", 64, 2_000, 3e-3, "cosine", 200, 0.05, 1.0, 0.0, "reproduced: python vit.py"),
 }
 
 
 def schedule(base, steps, warmup=0, decay="cosine", end=1e-5):
     """Learning rate: linear warm-up from 0, times cosine to 0 or linear to end. -> function of the step."""
-
-    def rate(step):
-        done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-        value = (
-            base * (1 + jnp.cos(jnp.pi * done)) / 2 if decay == "cosine" else end + (base - end) * (1 - done)
-        )
-        return value * jnp.minimum(1, step / warmup) if warmup else value
-
-    return rate
+    done = lambda step: jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
+    rise = lambda step: jnp.minimum(1, step / warmup) if warmup else 1
+    if decay == "cosine":
+        return lambda step: rise(step) * base * (1 + jnp.cos(jnp.pi * done(step))) / 2
+    return lambda step: rise(step) * (end + (base - end) * (1 - done(step)))
 
 
 def make_optimizer(recipe: Recipe, momentum_dtype=None) -> optax.GradientTransformation:
@@ -510,42 +403,34 @@ def make_optimizer(recipe: Recipe, momentum_dtype=None) -> optax.GradientTransfo
     if recipe.optimizer == "sgd":
         return optax.chain(clip, optax.sgd(rate(recipe.learning_rate), 0.9, accumulator_dtype=momentum_dtype))
     kernels = functools.partial(jax.tree_util.tree_map_with_path, lambda path, _: path[-1].key == "kernel")
-    adam = optax.scale_by_adam(b1=0.9, b2=0.999, mu_dtype=momentum_dtype)
+    adam = optax.scale_by_adam(b1=0.9, b2=0.999, mu_dtype=momentum_dtype), optax.scale(recipe.learning_rate)
     decay = optax.add_decayed_weights(recipe.weight_decay * recipe.learning_rate, mask=kernels)
-    scale = optax.scale_by_schedule(rate(-1.0, end=-1e-5))
-    return optax.chain(clip, adam, optax.scale(recipe.learning_rate), decay, scale)
+    return optax.chain(clip, *adam, decay, optax.scale_by_schedule(rate(-1.0, end=-1e-5)))
 
 
 def param_specs(config: Config, mesh, fsdp=False) -> dict:
-    """PartitionSpec of each weight, a tree like the parameters. ValueError where the mesh does not divide it."""
+    """PartitionSpec of each weight, as a tree. ValueError where the mesh does not divide a weight."""
     require(config.remat or not fsdp, "fsdp=True needs remat=True: else every gathered weight is kept")
-    specs = {}
-    for path, param in param_table(config).items():
-        specs[path] = P(*(axis if fsdp or axis != "data" else None for axis in param.spec))
-        for size, axis in zip(param.shape, specs[path]):
-            n = mesh.shape[axis] if axis else 1
-            require(size % n == 0, f"{path} {param.shape}: {size} is not a multiple of mesh axis {axis}={n}")
-    return nest(specs)
+    used, table = ("data", "model") if fsdp else ("model",), param_table(config)
+    for name, param in named_leaves(table).items():
+        for size, axis in zip(param.shape, param.spec):
+            n = mesh.shape[axis] if axis in used else 1
+            require(size % n == 0, f"{name} {param.shape}: {size} is not a multiple of mesh axis {axis}={n}")
+    return jax.tree.map(lambda param: P(*(axis if axis in used else None for axis in param.spec)), table)
 
 
 def init_state(key, config: Config, optimizer, mesh, fsdp=False):
-    """Parameters and optimizer state, each made where it belongs; placed otherwise the step compiles twice."""
-
-    def init(key):
-        params = init_params(key, config)
-        return params, optimizer.init(params)
-
+    """Parameters and optimizer state, each made where it belongs: else the step would compile twice."""
+    init = lambda key: (params := init_params(key, config), optimizer.init(params))
     specs, slots = param_specs(config, mesh, fsdp), jax.eval_shape(init, key)[1]
     slots = optax.tree_map_params(optimizer, lambda _, s: s, slots, specs, transform_non_params=lambda _: P())
     return jax.jit(init, out_shardings=jax.tree.map(lambda s: NamedSharding(mesh, s), (specs, slots)))(key)
 
 
 def on_mesh(function, config: Config, mesh, fsdp=False):
-    """loss_fn or count_right of a global batch: (params, images [B,H,W,C], labels [B], key) -> scalar."""
-
-    def local(params, images, labels, key):  # on one device: its rows, its heads, its hidden units
-        return function(params, images, labels, config, key=key, data_axis="data", model_axis="model")
-
+    """loss_fn, or another sum over a global batch: (params, images [B,H,W,C], labels [B], key) -> scalar."""
+    axes = {"data_axis": "data", "model_axis": "model"}  # a device has its rows, its heads, its hidden units
+    local = lambda params, images, labels, key: function(params, images, labels, config, key=key, **axes)
     specs = (param_specs(config, mesh, fsdp), P("data"), P("data"), P())
     check = config.attention != "pallas"  # the kernel's interpreter cannot type mesh axes
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check)
@@ -553,29 +438,24 @@ def on_mesh(function, config: Config, mesh, fsdp=False):
 
 def make_train_step(config: Config, optimizer, mesh, *, fsdp=False, accumulate=1):
     """Jitted (params, opt_state, images [B,H,W,C], labels [B], key) -> (params, opt_state, loss in nats).
-
-    The first two are donated. B is the global batch, cut over "data", then into accumulate microbatches that run
-    in turn, each with its own reduction of the gradients. fsdp cuts weights and optimizer state over "data".
-    """
-    # Differentiated through shard_map, from outside: that adds the collectives of the gradients, none is written.
+    The first two are donated. The global batch B is cut over "data", then into microbatches that run in turn,
+    each with its own reduction of gradients. fsdp cuts weights and optimizer state over "data" too."""
+    # Differentiated from outside, through shard_map: that adds the gradients' collectives, none is written.
     value_and_grad = jax.value_and_grad(on_mesh(loss_fn, config, mesh, fsdp))
-    rows = mesh.shape["data"]
-
-    def cut(x):  # [B,...] -> [accumulate,B/accumulate,...]: each device cuts its own rows, nothing moves
-        x = x.reshape(rows, accumulate, -1, *x.shape[1:]).swapaxes(0, 1)
-        x = x.reshape(accumulate, -1, *x.shape[3:])
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, P(None, "data")))
+    rows, n, placed = mesh.shape["data"], accumulate, NamedSharding(mesh, P(None, "data"))
+    # [B,...] -> [n,B/n,...]: each device cuts its own rows, nothing moves
+    cut = lambda x: x.reshape(rows, n, -1, *x.shape[1:]).swapaxes(0, 1).reshape(n, -1, *x.shape[1:])
 
     def step(params, opt_state, images, labels, key):
-        B = len(images)
-        require(B % (rows * accumulate) == 0, f"batch {B} is not a multiple of data={rows} x {accumulate=}")
-        if accumulate == 1:
+        fits = len(images) % (rows * n) == 0
+        require(fits, f"batch {len(images)} is not a multiple of data={rows} x {accumulate=}")
+        if n == 1:
             loss, grads = value_and_grad(params, images, labels, key)
         else:
-            mean = lambda total, part: jax.tree.map(lambda t, p: t + p / accumulate, total, part)
-            add = lambda total, batch: (mean(total, value_and_grad(params, *batch)), None)
-            batches = cut(images), cut(labels), jax.random.split(key, accumulate)
-            (loss, grads), _ = lax.scan(add, jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), batches)
+            add = lambda total, b: (optax.tree.add_scale(total, 1 / n, value_and_grad(params, *b)), None)
+            images, labels = lax.with_sharding_constraint((cut(images), cut(labels)), placed)
+            zero, keys = jax.tree.map(jnp.zeros_like, (jnp.float32(0), params)), jax.random.split(key, n)
+            (loss, grads), _ = lax.scan(add, zero, (images, labels, keys))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss
 
@@ -583,7 +463,6 @@ def make_train_step(config: Config, optimizer, mesh, *, fsdp=False, accumulate=1
 
 
 # ==== Checkpoints: official names and ours ==================================================================
-
 # ours -> released; what is in block i comes after Transformer/encoderblock_i
 OFFICIAL = {"embed": "embedding", "class": "cls", "position": "Transformer/posembed_input/pos_embedding"}
 OFFICIAL |= {name: f"MultiHeadDotProductAttention_1/{name}" for name in ("query", "key", "value", "out")}
@@ -597,85 +476,73 @@ NEWER |= {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
 def official_names(config: Config) -> dict:
     """Released name -> (our path, index into that weight, which gives the official shape)."""
     names = {}
-    for path in param_table(config):
+    for path in named_leaves(param_table(config)):
         top, *rest = path.split("/")
-        if top == "blocks":
-            name = f"{OFFICIAL[rest[0]]}/{rest[1]}"
-            names |= {f"Transformer/encoderblock_{i}/{name}": (path, i) for i in range(config.depth)}
-        else:
+        for i in range(config.depth) if top == "blocks" else ():
+            names[f"Transformer/encoderblock_{i}/{OFFICIAL[rest[0]]}/{rest[1]}"] = path, i
+        if top != "blocks":
             index = {"class": (None, None), "position": None}.get(top, ...)  # [1,1,D] and [1,T,D]
             names["/".join([OFFICIAL.get(top, top), *rest])] = path, index
     return names
 
 
 def check_names(found, wanted, where):  # same in every file
-    """ValueError for the first array that is missing, unknown or misshaped. Two dicts of name -> shape."""
+    """ValueError for an array that is missing, unknown or misshaped. Two dicts of name -> array [...]."""
     for name in sorted(found.keys() | wanted.keys()):
-        shape, want = found.get(name, "missing"), wanted.get(name, "among the names wanted")
-        require(shape == want, f"{where}: {name} is {shape}, not {want}")
+        shapes = [np.shape(arrays[name]) if name in arrays else "nothing" for arrays in (found, wanted)]
+        require(shapes[0] == shapes[1], f"{where}: {name} is {shapes[0]}, should be {shapes[1]}")
 
 
 def from_official(flat, config: Config) -> dict:
-    """Parameters, or gradients, from arrays [...] under official names in either spelling. float32 on the host."""
+    """Parameters, or gradients, from arrays [...] under either official names. float32, on the host."""
     for old, new in NEWER.items():
         flat = {name if old in name else name.replace(new, old): array for name, array in flat.items()}
-    params = {path: np.empty(param.shape, np.float32) for path, param in param_table(config).items()}
-    places = {name: params[path][index] for name, (path, index) in official_names(config).items()}  # views
-    check_names(
-        *({name: np.shape(a) for name, a in arrays.items()} for arrays in (flat, places)), "checkpoint"
-    )
+    params = jax.tree.map(lambda param: np.empty(param.shape, np.float32), param_table(config))
+    leaves = named_leaves(params)
+    places = {name: leaves[path][index] for name, (path, index) in official_names(config).items()}  # views
+    check_names(flat, places, "checkpoint")
     for name, place in places.items():
         place[...] = flat[name]
-    return nest(params)
+    return params
 
 
 def to_official(tree, config: Config, layout="vit") -> dict:
     """The inverse of from_official: numpy arrays [...] named as released ("vit") or as in "big_vision"."""
-    require(layout in ("vit", "big_vision"), f"layout={layout!r} is neither 'vit' nor 'big_vision'")
-    fits = (
-        not config.class_token or config.position != "learned" or config.class_position == (layout == "vit")
-    )
-    require(fits, f"layout={layout!r} cannot hold class_position={config.class_position}: adapt converts")
-    flat = {}
+    stored, here = config.class_token and config.position == "learned", config.class_position
+    fits = layout in ("vit", "big_vision") and (not stored or here == (layout == "vit"))
+    require(fits, f"layout={layout!r}, class_position={here} is neither 'vit', True nor 'big_vision', False")
+    flat, leaves = {}, named_leaves(tree)
     for name, (path, index) in official_names(config).items():
         for old, new in NEWER.items() if layout == "big_vision" else ():
             name = name.replace(old, new)
-        flat[name] = np.asarray(functools.reduce(dict.get, path.split("/"), tree))[index]
+        flat[name] = np.asarray(leaves[path])[index]
     return flat
 
 
 def adapt(params, config: Config, new: Config) -> dict:
-    """What fine-tuning does to a checkpoint (Sec. 3.2): positions [T,D] resized, head zero, pre-logits kept or left.
-
-    Where class_position changes, the class token takes its position in, as in big_vision, or gets one of zero.
-    """
-    for name in ("patch_size", "channels", "width", "depth", "heads", "mlp", "pool", "position", "gelu"):
+    """A checkpoint for fine-tuning (Sec. 3.2): positions [T,D] resized or folded into class, head zeroed."""
+    for name in "patch_size channels width depth heads mlp pool position gelu representation".split():
         old, now = getattr(config, name), getattr(new, name)
-        require(old == now, f"a checkpoint of {name}={old} cannot become {name}={now}")
-    R = new.representation
-    require(R in (None, config.representation), f"representation={config.representation} cannot become {R}")
-    params = {name: params[name] for name in nest(param_table(new)) if name in params}
+        fits = old == now or (name == "representation" and now is None)
+        require(fits, f"a checkpoint of {name}={old} cannot become {name}={now}")
+    params = {name: params[name] for name in param_table(new) if name in params}
     if new.position == "learned":
-        had, has = (config.class_token and c.class_position for c in (config, new))
-        table = resize_position_embedding(params["position"], config.grid, new.grid, int(had))
-        if had and not has:
-            params["class"], table = params["class"] + table[0], table[1:]
-        params["position"] = np.pad(table, ((int(has and not had), 0), (0, 0)))
+        had, has = (int(c.class_token and c.class_position) for c in (config, new))
+        require(had >= has, "class_position=False cannot become True")
+        table = resize_position_embedding(params["position"], config.grid, new.grid, had)
+        if had > has:
+            params["class"] = params["class"] + table[0]
+        params["position"] = table[had - has :]
     if new.classes:
-        shapes = {"kernel": (R or new.width, new.classes), "bias": new.classes}
-        params["head"] = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        params["head"] = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), param_table(new)["head"])
     return params
 
 
 def write_npz(path, arrays):  # same in every file
     """Writes named arrays [...] whole or not at all: to a temporary file beside path, then renamed."""
-    part = pathlib.Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, **arrays)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with open(part := f"{path}.{os.getpid()}.part", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(part, path)
 
 
 def read_npz(path) -> dict:  # same in every file
@@ -693,7 +560,7 @@ def save(path, params, config: Config):
 
 
 def load(path, config: Config) -> dict:
-    """Parameters [...] from an official .npz. ValueError names an array that is missing, unknown, misshaped or NaN."""
+    """Parameters [...] from an official .npz. ValueError for one missing, unknown, misshaped, not finite."""
     flat = read_npz(path)
     for name, array in flat.items():
         require(np.isfinite(array).all(), f"{path}: {name} holds values that are not finite")
@@ -712,245 +579,172 @@ def save_state(path, tree, flags):  # same in every file
 
 
 def load_state(path, like, flags):  # same in every file
-    """The tree of save_state, arrays [...] on the host. ValueError unless it fits the tree like and the flags."""
+    """The tree of save_state, arrays [...] on the host. ValueError unless it fits like and the flags."""
     arrays = read_npz(path)
     saved = json.loads(str(arrays.pop("flags", "{}")))
     for name, value in flags.items():
         require(saved.get(name) == value, f"{path} was made with {name}={saved.get(name)}, not {value}")
-    wanted = named_leaves(like)
-    check_names(*({n: np.shape(a) for n, a in tree.items()} for tree in (arrays, wanted)), path)
+    check_names(arrays, wanted := named_leaves(like), path)
     leaves = [arrays[name].view(leaf.dtype) for name, leaf in wanted.items()]  # bfloat16 is read as raw bytes
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 # ==== Demo ==================================================================================================
-
+DIGITS = Config(width=96, depth=4, heads=3, mlp=384, patch_size=(7, 7), image_size=(28, 28))
 EXPECTED, FLOOR = 97.5, 97.0  # per cent of 1,000 held-out digits, with the default flags
 
 
 def load_data(path):
-    """Pictures uint8 [N,H,W,C], labels [N], number of classes. ValueError for a file that cannot be trained on."""
+    """Pictures uint8 [N,H,W,C], labels [N], number of classes. ValueError for what cannot be trained on."""
     data = read_npz(path)
     require({"images", "labels"} <= set(data), f"{path} holds {', '.join(data)}, not images and labels")
     images, labels = data["images"], data["labels"]
     images = images[..., None] if images.ndim == 3 else images  # grey
     fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) > 1
-    require(
-        fits, f"{path}: images are {images.dtype} {images.shape}, not uint8 [N,H,W] or [N,H,W,C] with N > 1"
-    )
-    fits = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    require(
-        fits, f"{path}: labels are {labels.dtype} {labels.shape}, not integers [{len(images)}] like images"
-    )
-    classes = len(data["class_names"]) if "class_names" in data else min(int(labels.max()) + 1, len(images))
-    fits = 0 <= labels.min() and labels.max() < classes
-    require(fits, f"{path}: labels reach from {labels.min()} to {labels.max()}, not 0 to {classes - 1}")
+    fits = fits and labels.dtype.kind in "iu" and labels.shape == images.shape[:1]
+    kinds = f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
+    require(fits, f"{path}: images and labels are {kinds}, not uint8 [N,H,W] or [N,H,W,C] and integers [N]")
+    low, high = int(labels.min()), int(labels.max())
+    classes = len(data["class_names"]) if "class_names" in data else min(high + 1, len(images))
+    require(0 <= low <= high < classes, f"{path}: labels are {low} to {high}, not within 0 to {classes - 1}")
     order = np.random.default_rng(0).permutation(len(images))  # files are sorted by label
     return images[order], labels[order].astype(np.int32), classes
 
 
-def start_mesh(args):
-    """The mesh of --mesh, after joining the other processes; CPU devices are simulated where that is all there is."""
-    shape = dict(part.split("=") for part in args.mesh.split(",") if part.count("=") == 1)
-    fits = set(shape) == {"data", "model"} and all(n.isdigit() and int(n) for n in shape.values())
-    require(fits, f"--mesh {args.mesh} is not of the form data=4,model=2")
-    shape = int(shape["data"]), int(shape["model"])
-    address, count, index = (
-        (*args.distributed.split(","), "1", "0")[:3] if args.distributed else ("", "1", "0")
-    )
-    with contextlib.suppress(RuntimeError):  # devices are already in use, in a notebook or a test
-        jax.config.update("jax_num_cpu_devices", max(1, math.prod(shape) // int(count)))
-    if args.distributed is not None:
-        jax.distributed.initialize(*([address, int(count), int(index)] if address else []))
-    found = f"{jax.device_count()} {jax.default_backend()} devices"
-    require(
-        math.prod(shape) <= jax.device_count(),
-        f"--mesh {args.mesh} needs {math.prod(shape)}, there are {found}",
-    )
-    print(f"{found}{', simulated' if jax.default_backend() == 'cpu' and math.prod(shape) > 1 else ''}")
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-
-
 def place(mesh, images, labels):
-    """A batch over the mesh: uint8 [B,H,W,C], int [B] -> float32 in [-1, 1], int. Each process fills its rows."""
-    cut = NamedSharding(mesh, P("data"))
-    scaled = jax.make_array_from_callback(
-        images.shape, cut, lambda rows: images[rows].astype(np.float32) / 127.5 - 1
-    )
-    return scaled, jax.make_array_from_callback(labels.shape, cut, lambda rows: labels[rows])
+    """A batch on the mesh, uint8 [B,H,W,C] -> float32 in [-1, 1], int [B]. Each process places its rows."""
+    rows, f = NamedSharding(mesh, P("data")), jax.make_array_from_callback
+    scaled = f(images.shape, rows, lambda i: images[i].astype(np.float32) / 127.5 - 1)
+    return scaled, f(labels.shape, rows, lambda i: labels[i])
 
 
-def fetch(tree):
-    """All of the arrays [...] on this host, from whichever process they are on."""
-    return (
-        multihost_utils.process_allgather(tree, tiled=True)
-        if jax.process_count() > 1
-        else jax.device_get(tree)
-    )
+def prepare(args, flags):
+    """All that train needs, checked and compiled. ValueError for what a flag, file or mesh gets wrong."""
+    for name in ("steps", "batch", "accumulate", "every"):
+        require(getattr(args, name) >= 1, f"--{name} {getattr(args, name)} is not at least 1")
+    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", args.mesh)
+    require(match, f"--mesh {args.mesh} is not of the form data=4,model=2")
+    out, shape = pathlib.Path(args.out), tuple(map(int, match.groups()))
+    fits = os.access(out.parent, os.W_OK) and out.suffix in (".png", ".pdf", ".svg")
+    require(fits, f"--out {out} cannot be written: it needs a folder that is there and .png, .pdf or .svg")
+    require(args.size in ("digits", *SIZES), f"--size {args.size} is none of digits, {', '.join(SIZES)}")
+    images, labels, classes = load_data(args.data)
+    config = {"image_size": images.shape[1:3], "channels": images.shape[3], "classes": classes}
+    config = dataclasses.replace(SIZES.get(args.size, DIGITS), **config)
+    join = args.distributed.split(",") if args.distributed else []
+    with contextlib.suppress(RuntimeError):  # too late, devices are in use: they are counted below
+        jax.config.update("jax_num_cpu_devices", max(1, math.prod(shape) // int((join or "11")[1])))
+    if args.distributed is not None:
+        jax.distributed.initialize(*join[:1], *map(int, join[1:]))
+    backend, count = jax.default_backend(), jax.device_count()
+    require(math.prod(shape) <= count, f"--mesh {args.mesh} asks for more than {count} {backend} device(s)")
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    recipe = RECIPES["digits"]._replace(steps=args.steps, learning_rate=args.learning_rate)
+    optimizer, key, started = make_optimizer(recipe), jax.random.key(args.seed), time.time()
+    params, opt_state = init_state(key, config, optimizer, mesh, args.fsdp)
+    step = make_train_step(config, optimizer, mesh, fsdp=args.fsdp, accumulate=args.accumulate)
+    batch = (np.resize(x, (args.batch, *x.shape[1:])) for x in (images, labels))
+    step = step.lower(params, opt_state, *place(mesh, *batch), key).compile()
+    simulated = "simulated " * (backend == "cpu" and math.prod(shape) > 1)
+    found = f"mesh {args.mesh} of {simulated}{backend} devices, compiled in {time.time() - started:.1f} s"
+    print(f"{optax.tree.size(params):,} parameters, {len(images):,} pictures, {found}")
+    state = {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
+    if args.resume:
+        loaded = load_state(out.with_suffix(".state.npz"), state, flags)
+        state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, state)
+    return config, mesh, step, state, images, labels
 
 
-def evaluate(count, params, mesh, images, labels, batch):
-    """Per cent of uint8 [N,H,W,C] classified rightly; the last batch is padded and its padding never counts."""
-    right, key = 0, np.zeros(2, np.uint32)
-    for i in range(0, len(images), batch):
-        pad = batch - len(images[i : i + batch])
-        pictures = np.pad(images[i : i + batch], ((0, pad), (0, 0), (0, 0), (0, 0)))
-        answers = np.pad(labels[i : i + batch], (0, pad), constant_values=-1)
-        right += int(count(params, *place(mesh, pictures, answers), key))
-    return 100 * right / len(images)
+def train(args, flags, config, mesh, step, state, images, labels):
+    """Trains on uint8 [N,H,W,C], int [N], saves and draws. -> per cent right of those held out, or NaN."""
+    (params, opt_state, first), out, key = state.values(), pathlib.Path(args.out), jax.random.key(args.seed)
+    fetch = functools.partial(multihost_utils.process_allgather, tiled=True)  # by all processes together
+    held, started = min(1000, len(images) // 5), time.time()
+    padded = np.pad(images[held:], ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
+    shifted = np.lib.stride_tricks.sliding_window_view(padded, config.image_size, (1, 2))  # [N,5,5,C,H,W]
+    for i in range(int(first), args.steps):
+        rng = np.random.default_rng((args.seed, i))  # by seed and step alone: --resume goes on alike
+        rows, dy, dx = rng.integers([[len(padded)], [5], [5]], size=(3, args.batch))
+        batch = place(mesh, np.moveaxis(shifted[rows, dy, dx], 1, -1), labels[held:][rows])
+        params, opt_state, loss = step(params, opt_state, *batch, jax.random.fold_in(key, i))
+        if not np.isfinite(loss := float(loss)):
+            print(f"step {i + 1}: the loss is {loss}; stopped, and the last good training state is kept")
+            return math.nan
+        if (i + 1) % args.every == 0 or i + 1 == args.steps:
+            state = fetch({"params": params, "opt_state": opt_state}) | {"step": np.int32(i + 1)}
+            if jax.process_index() == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(state)):
+                save_state(out.with_suffix(".state.npz"), state, flags)
+            rate = (i + 1 - first) / (time.time() - started)
+            left = f"{args.batch * rate:,.0f} images/s  {(args.steps - i - 1) / rate:.0f} s left"
+            print(f"step {i + 1}/{args.steps}  loss {loss:.3f} nats  {left}", flush=True)
+    hits = lambda p, x, y, c, key, **axes: lax.psum((forward(p, x, c, **axes).argmax(-1) == y).sum(), "data")
+    count, right = jax.jit(on_mesh(hits, config, mesh, args.fsdp)), 0  # psum: of the rows of all devices
+    for i in range(0, held, args.batch):  # the last batch is padded with pictures that have no label
+        rows = np.arange(i, i + args.batch)
+        answers = np.where(rows < held, labels[rows % held], -1)
+        right += int(count(params, *place(mesh, images[rows % held], answers), key))
+    params = fetch(params)
+    if jax.process_index() == 0:
+        save(out.with_suffix(".model.npz"), params, config)
+        one = [int(np.argmax(labels[:held] == c)) for c in np.unique(labels[:held])[:10]]  # of each class
+        draw(out, params, config, images[one], labels[one])
+    return 100 * right / held
 
 
 def draw(path, params, config: Config, images, labels):
-    """Pictures uint8 [10,H,W,C] with predictions, and below what the class token attends to, rolled out."""
+    """Pictures uint8 [N,H,W,C] with their predictions, and below where the class token looks, by rollout."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no figure without matplotlib: pip install matplotlib")
-    config, inputs = dataclasses.replace(config, attention="xla"), preprocess(images)
-    guesses = np.asarray(forward(params, inputs, config).argmax(-1))
-    rollout = attention_rollout(attention_maps(params, inputs, config))[
-        :, 0, 1:
-    ]  # from class token to patches
-    heat = jax.image.resize(rollout.reshape(-1, *config.grid), images.shape[:3], "bilinear")
+    inputs = preprocess(images)
+    guesses, maps = forward(params, inputs, config).argmax(-1), attention_maps(params, inputs, config)
+    heat = attention_rollout(maps)[:, 0, 1:].reshape(-1, *config.grid)  # from class token to patches
     figure, axes = plt.subplots(2, len(images), figsize=(1.2 * len(images), 3), layout="constrained")
     for i, (top, bottom) in enumerate(axes.T):
         top.set_title(f"{guesses[i]}" if guesses[i] == labels[i] else f"{guesses[i]}, not {labels[i]}")
         for ax in (top, bottom):
             ax.imshow(images[i].squeeze(), cmap="gray")
             ax.set_axis_off()
-        bottom.imshow(heat[i], cmap="inferno", alpha=0.7)
-    figure.suptitle(
-        "Held-out pictures, predictions, and where the class token's attention comes from (rollout)"
-    )
+        bottom.imshow(jax.image.resize(heat[i], config.image_size, "bilinear"), cmap="inferno", alpha=0.7)
+    figure.suptitle("Held-out pictures with predictions; below, where the class token looks (rollout)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(f"wrote {path}")
 
 
-def parse(argv):
-    """The command line."""
-    recipe, data = RECIPES["digits"], pathlib.Path(__file__).parent / "data/mnist5k.npz"
-    add = (parser := argparse.ArgumentParser(description=__doc__.partition("\n")[0])).add_argument
-    add("--steps", type=int, default=recipe.steps)
-    add("--batch", type=int, default=recipe.batch, help="pictures per step, over all devices")
-    add("--seed", type=int, default=0)
-    add("--mesh", default="data=1,model=1", help="devices for the batch, and for heads and hidden units")
-    add("--data", default=str(data), help=".npz with images and labels; data/convert.py makes one")
-    add(
-        "--out",
-        default="vit.png",
-        help="figure; beside it go the model (.npz) and the training state (.state.npz)",
-    )
-    add("--resume", action="store_true", help="go on from the training state beside --out")
-    add(
-        "--distributed",
-        nargs="?",
-        const="",
-        metavar="HOST:PORT,PROCESSES,INDEX",
-        help="be one of several processes",
-    )
-    add("--size", choices=["digits", *SIZES], default="digits", help="model; digits is the demo's own")
-    add("--patch", type=int, help="side of the patches in pixels")
-    add("--dtype", choices=CHOICES["dtype"], default="float32")
-    add("--attention", choices=CHOICES["attention"], default="xla")
-    add("--learning-rate", type=float, default=recipe.learning_rate)
-    add("--accumulate", type=int, default=1, help="microbatches per step")
-    add("--fsdp", action="store_true", help="cut weights and optimizer state over data too")
-    add("--every", type=int, default=100, help="steps between progress lines, and between training states")
-    return parser.parse_args(argv)
-
-
-def prepare(args):
-    """All that training needs, checked and compiled. ValueError for what a flag, a file or the mesh gets wrong."""
-    for name in ("steps", "batch", "accumulate", "every"):
-        require(getattr(args, name) >= 1, f"--{name} {getattr(args, name)} is not at least 1")
-    out = pathlib.Path(args.out)
-    fits = out.parent.is_dir() and os.access(out.parent, os.W_OK) and out.suffix in (".png", ".pdf", ".svg")
-    require(fits, f"--out {out} cannot be written: it needs a folder that is there and .png, .pdf or .svg")
-    images, labels, classes = load_data(args.data)
-    mesh = start_mesh(args)
-    config = Config(width=128, depth=4, heads=4, mlp=512) if args.size == "digits" else SIZES[args.size]
-    patch = (args.patch or (7 if args.size == "digits" else config.patch_size[0]),) * 2
-    given = {
-        "classes": classes,
-        "dtype": args.dtype,
-        "attention": args.attention,
-        "remat": args.size != "digits",
-    }
-    image = {"image_size": images.shape[1:3], "channels": images.shape[3], "patch_size": patch}
-    config = dataclasses.replace(config, **image, **given)
-    recipe = RECIPES["digits"]._replace(steps=args.steps, batch=args.batch, learning_rate=args.learning_rate)
-    optimizer, key = make_optimizer(recipe), jax.random.key(args.seed)
-    params, opt_state = init_state(key, config, optimizer, mesh, args.fsdp)
-    step = make_train_step(config, optimizer, mesh, fsdp=args.fsdp, accumulate=args.accumulate)
-    started = time.time()
-    batch = place(mesh, *(np.resize(x, (args.batch, *x.shape[1:])) for x in (images, labels)))
-    step = step.lower(params, opt_state, *batch, key).compile()
-    print(
-        f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, compiled in {time.time() - started:.1f} s"
-    )
-    state = params, opt_state, np.zeros((), np.int64)  # the number of steps done
-    if args.resume:
-        host = load_state(out.with_suffix(".state.npz"), state, flags_of(args))
-        place_like = lambda new, old: jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
-        state = jax.tree.map(place_like, host, state)
-    return config, mesh, step, state, images, labels
-
-
-def flags_of(args) -> dict:
-    """The flags that the result depends on."""
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("out", "resume", "distributed", "every")
-    }
-
-
-def train(args, config, mesh, step, state, images, labels) -> int:
-    """The training loop of the demo: [N,H,W,C] uint8, [N] int. Exit status."""
-    (params, opt_state, done), out, key = state, pathlib.Path(args.out), jax.random.key(args.seed)
-    held, main, started = min(1000, len(images) // 5), jax.process_index() == 0, time.time()
-    padded = np.pad(images[held:], ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    shifted = np.lib.stride_tricks.sliding_window_view(padded, config.image_size, (1, 2))  # [N,5,5,C,H,W]
-    for i in range(int(done), args.steps):
-        rng = np.random.default_rng((args.seed, i))  # by seed and step alone, so that --resume goes on alike
-        rows, dy, dx = rng.integers([[len(padded)], [5], [5]], size=(3, args.batch))
-        batch = place(mesh, np.moveaxis(shifted[rows, dy, dx], 1, -1), labels[held:][rows])
-        params, opt_state, loss = step(params, opt_state, *batch, jax.random.fold_in(key, i))
-        if not np.isfinite(loss := float(loss)):
-            print(f"step {i + 1}: the loss is {loss}. Stopped; the last good training state is kept")
-            return 1
-        if (i + 1) % args.every == 0 or i + 1 == args.steps:
-            host = fetch((params, opt_state, np.int64(i + 1)))
-            if main and all(np.isfinite(x).all() for x in jax.tree.leaves(host)):
-                save_state(out.with_suffix(".state.npz"), host, flags_of(args))
-            rate = (i + 1 - done) / (time.time() - started)
-            left = f"{args.batch * rate:,.0f} images/s  {(args.steps - i - 1) / rate:.0f} s left"
-            print(f"step {i + 1}/{args.steps}  loss {loss:.3f} nats  {left}", flush=True)
-    count = jax.jit(on_mesh(count_right, config, mesh, args.fsdp))
-    got, params = evaluate(count, params, mesh, images[:held], labels[:held], args.batch), fetch(params)
-    if main:
-        save(out.with_suffix(".model.npz"), params, config)
-        first = [
-            int(np.argmax(labels[:held] == c)) for c in np.unique(labels[:held])[:10]
-        ]  # one of each class
-        draw(out, params, config, images[first], labels[first])
-    known = flags_of(args) == flags_of(parse([]))
+def main(argv=None) -> int:
+    """Exit status 1 below the floor or when the loss is not finite, 2 for bad input, told in one line."""
+    parser, recipe = argparse.ArgumentParser(description=__doc__.partition("\n")[0]), RECIPES["digits"]
+    data = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
+    for flag, default, text in (
+        ("steps", recipe.steps, None),
+        ("batch", recipe.batch, "pictures per step, over all devices"),
+        ("accumulate", 1, "microbatches per step"),
+        ("learning-rate", recipe.learning_rate, "highest of the schedule"),
+        ("seed", 0, None),
+        ("mesh", "data=1,model=1", "devices for the batch, and for heads and hidden units"),
+        ("data", data, ".npz with images and labels: data/convert.py makes one"),
+        ("out", "vit.png", "figure; beside it go the model (.model.npz) and the training state (.state.npz)"),
+        ("size", "digits", f"digits, {', '.join(SIZES)}"),
+        ("every", 100, "steps between progress lines, each with a training state"),
+    ):
+        parser.add_argument(f"--{flag}", type=type(default), default=default, help=text)
+    parser.add_argument("--fsdp", action="store_true", help="cut weights and optimizer state over data too")
+    parser.add_argument("--resume", action="store_true", help="go on from the training state beside --out")
+    parser.add_argument("--distributed", nargs="?", const="", metavar="HOST:PORT,COUNT,INDEX")
+    args = parser.parse_args(argv)
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "distributed", "every")}
+    try:
+        ready = prepare(args, flags)
+    except ValueError as error:
+        print(f"vit.py: {error}", file=sys.stderr)
+        return 2
+    known, got = all(v == parser.get_default(k) for k, v in flags.items()), train(args, flags, *ready)
     expected = f"expected {EXPECTED} %, at least {FLOOR} %" if known else "expected unknown, at least unknown"
     print(f"result: held-out accuracy: got {got:.1f} %, {expected}")
-    return int(known and got < FLOOR)
-
-
-def main(argv=None) -> int:
-    """Trains, evaluates and draws. Status 1 below the floor or for a loss that is not finite, 2 for bad input."""
-    args = parse(argv)
-    try:
-        ready = prepare(args)
-    except (ValueError, NotImplementedError) as error:
-        print(f"vit.py: {error}")
-        return 2
-    return train(args, *ready)
+    return int(not got >= (FLOOR if known else 0))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

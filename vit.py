@@ -375,15 +375,14 @@ def loss_fn(params, images, labels, config: Config, *, key=None, data_axis=None,
 
 
 # ==== Sharded training: batch over mesh axis "data", heads and hidden units over "model" ====================
-Recipe = collections.namedtuple(  # warmup in steps; weight_decay as in the paper, per unit of learning rate
-    "Recipe", "optimizer batch steps learning_rate decay warmup weight_decay clip dropout source"
-)
+FIELDS = "optimizer batch steps learning_rate decay warmup weight_decay clip dropout source"
+Recipe = collections.namedtuple("Recipe", FIELDS)  # weight_decay: as in the paper, times the learning rate
 RECIPES = {  # of B/16. Pre-training at 224 pixels, epochs turned into steps; fine-tuning at 384 pixels
     "ImageNet-21k": Recipe("adam", 4096, 312_000, 1e-3, "linear", 10_000, 0.03, None, 0.1, "quoted: Table 3"),
     "ImageNet": Recipe("adam", 4096, 93_800, 3e-3, "cosine", 10_000, 0.3, 1.0, 0.1, "quoted: Table 3"),
     "to ImageNet": Recipe("sgd", 512, 20_000, 0.03, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
     "to CIFAR": Recipe("sgd", 512, 10_000, 0.01, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
-    "digits": Recipe("adam", 64, 2_000, 3e-3, "cosine", 200, 0.05, 1.0, 0.0, "reproduced: python vit.py"),
+    "digits": Recipe("adam", 128, 1_300, 2e-3, "cosine", 60, 0.3, 1.0, 0.0, "reproduced: python vit.py"),
 }
 
 
@@ -416,7 +415,8 @@ def param_specs(config: Config, mesh, fsdp=False) -> dict:
         for size, axis in zip(param.shape, param.spec):
             n = mesh.shape[axis] if axis in used else 1
             require(size % n == 0, f"{name} {param.shape}: {size} is not a multiple of mesh axis {axis}={n}")
-    return jax.tree.map(lambda param: P(*(axis if axis in used else None for axis in param.spec)), table)
+    trim = lambda axes: trim(axes[:-1]) if axes and not axes[-1] else P(*axes)  # as jit itself does
+    return jax.tree.map(lambda param: trim([axis if axis in used else None for axis in param.spec]), table)
 
 
 def init_state(key, config: Config, optimizer, mesh, fsdp=False):
@@ -463,14 +463,12 @@ def make_train_step(config: Config, optimizer, mesh, *, fsdp=False, accumulate=1
 
 
 # ==== Checkpoints: official names and ours ==================================================================
-# ours -> released; what is in block i comes after Transformer/encoderblock_i
 OFFICIAL = {"embed": "embedding", "class": "cls", "position": "Transformer/posembed_input/pos_embedding"}
 OFFICIAL |= {name: f"MultiHeadDotProductAttention_1/{name}" for name in ("query", "key", "value", "out")}
 OFFICIAL |= {"norm1": "LayerNorm_0", "norm2": "LayerNorm_2", "norm": "Transformer/encoder_norm"}
-OFFICIAL |= {"mlp1": "MlpBlock_3/Dense_0", "mlp2": "MlpBlock_3/Dense_1"}
-# released -> as newer Flax counts and big_vision stores; from_official takes both
+OFFICIAL |= {"mlp1": "MlpBlock_3/Dense_0", "mlp2": "MlpBlock_3/Dense_1"}  # ours -> released
 NEWER = {"LayerNorm_2": "LayerNorm_1", "MlpBlock_3": "MlpBlock_0", OFFICIAL["position"]: "pos_embedding"}
-NEWER |= {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}
+NEWER |= {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0"}  # -> of big_vision
 
 
 def official_names(config: Config) -> dict:
@@ -548,7 +546,7 @@ def write_npz(path, arrays):  # same in every file
 def read_npz(path) -> dict:  # same in every file
     """The named arrays [...] of an .npz. ValueError if it is missing, truncated, no .npz or holds pickles."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy lets through what zipfile, zlib, pickle and the system raise
         raise ValueError(f"{path} is not a readable .npz of plain arrays: {error}") from None
@@ -561,8 +559,7 @@ def save(path, params, config: Config):
 
 def load(path, config: Config) -> dict:
     """Parameters [...] from an official .npz. ValueError for one missing, unknown, misshaped, not finite."""
-    flat = read_npz(path)
-    for name, array in flat.items():
+    for name, array in (flat := read_npz(path)).items():
         require(np.isfinite(array).all(), f"{path}: {name} holds values that are not finite")
     return from_official(flat, config)
 
@@ -590,14 +587,14 @@ def load_state(path, like, flags):  # same in every file
 
 
 # ==== Demo ==================================================================================================
-DIGITS = Config(width=96, depth=4, heads=3, mlp=384, patch_size=(7, 7), image_size=(28, 28))
+DIGITS = Config(width=128, depth=3, heads=4, mlp=256, patch_size=(7, 7))
 EXPECTED, FLOOR = 97.5, 97.0  # per cent of 1,000 held-out digits, with the default flags
 
 
 def load_data(path):
     """Pictures uint8 [N,H,W,C], labels [N], number of classes. ValueError for what cannot be trained on."""
-    data = read_npz(path)
-    require({"images", "labels"} <= set(data), f"{path} holds {', '.join(data)}, not images and labels")
+    data = read_npz(path) if os.path.exists(path) else {}
+    require({"images", "labels"} <= set(data), f"{path} has no images and labels: data/convert.py makes such")
     images, labels = data["images"], data["labels"]
     images = images[..., None] if images.ndim == 3 else images  # grey
     fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) > 1
@@ -628,6 +625,8 @@ def prepare(args, flags):
     fits = os.access(out.parent, os.W_OK) and out.suffix in (".png", ".pdf", ".svg")
     require(fits, f"--out {out} cannot be written: it needs a folder that is there and .png, .pdf or .svg")
     require(args.size in ("digits", *SIZES), f"--size {args.size} is none of digits, {', '.join(SIZES)}")
+    fits = args.batch % (shape[0] * args.accumulate) == 0
+    require(fits, f"--batch {args.batch} is not a multiple of data={shape[0]} x accumulate={args.accumulate}")
     images, labels, classes = load_data(args.data)
     config = {"image_size": images.shape[1:3], "channels": images.shape[3], "classes": classes}
     config = dataclasses.replace(SIZES.get(args.size, DIGITS), **config)
@@ -636,19 +635,17 @@ def prepare(args, flags):
         jax.config.update("jax_num_cpu_devices", max(1, math.prod(shape) // int((join or "11")[1])))
     if args.distributed is not None:
         jax.distributed.initialize(*join[:1], *map(int, join[1:]))
-    backend, count = jax.default_backend(), jax.device_count()
-    require(math.prod(shape) <= count, f"--mesh {args.mesh} asks for more than {count} {backend} device(s)")
+    count, kind = jax.device_count(), jax.default_backend()
+    kind = f"{count} {kind} device(s)" + ", simulated" * (kind == "cpu" and count > 1)
+    require(math.prod(shape) <= count, f"--mesh {args.mesh} asks for more than {kind}")
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     recipe = RECIPES["digits"]._replace(steps=args.steps, learning_rate=args.learning_rate)
     optimizer, key, started = make_optimizer(recipe), jax.random.key(args.seed), time.time()
-    params, opt_state = init_state(key, config, optimizer, mesh, args.fsdp)
+    state = *init_state(key, config, optimizer, mesh, args.fsdp), jnp.int32(0)  # weights, slots, steps done
     step = make_train_step(config, optimizer, mesh, fsdp=args.fsdp, accumulate=args.accumulate)
     batch = (np.resize(x, (args.batch, *x.shape[1:])) for x in (images, labels))
-    step = step.lower(params, opt_state, *place(mesh, *batch), key).compile()
-    simulated = "simulated " * (backend == "cpu" and math.prod(shape) > 1)
-    found = f"mesh {args.mesh} of {simulated}{backend} devices, compiled in {time.time() - started:.1f} s"
-    print(f"{optax.tree.size(params):,} parameters, {len(images):,} pictures, {found}")
-    state = {"params": params, "opt_state": opt_state, "step": jnp.int32(0)}
+    step = step.lower(*state[:2], *place(mesh, *batch), key).compile()
+    print(f"{optax.tree.size(state[0]):,} parameters, {kind}, compiled in {time.time() - started:.1f} s")
     if args.resume:
         loaded = load_state(out.with_suffix(".state.npz"), state, flags)
         state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, state)
@@ -657,21 +654,23 @@ def prepare(args, flags):
 
 def train(args, flags, config, mesh, step, state, images, labels):
     """Trains on uint8 [N,H,W,C], int [N], saves and draws. -> per cent right of those held out, or NaN."""
-    (params, opt_state, first), out, key = state.values(), pathlib.Path(args.out), jax.random.key(args.seed)
+    (params, opt_state, first), out, key = state, pathlib.Path(args.out), jax.random.key(args.seed)
     fetch = functools.partial(multihost_utils.process_allgather, tiled=True)  # by all processes together
-    held, started = min(1000, len(images) // 5), time.time()
-    padded = np.pad(images[held:], ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    shifted = np.lib.stride_tricks.sliding_window_view(padded, config.image_size, (1, 2))  # [N,5,5,C,H,W]
+    (H, W), held, started = config.image_size, min(1000, len(images) // 5), time.time()
+    y, x, pad = np.arange(H)[:, None], np.arange(W), 3 + H // 10
+    padded = np.pad(images[held:], ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
     for i in range(int(first), args.steps):
         rng = np.random.default_rng((args.seed, i))  # by seed and step alone: --resume goes on alike
-        rows, dy, dx = rng.integers([[len(padded)], [5], [5]], size=(3, args.batch))
-        batch = place(mesh, np.moveaxis(shifted[rows, dy, dx], 1, -1), labels[held:][rows])
+        rows, dy, dx = rng.integers(np.reshape([len(padded), 5, 5], (3, 1, 1, 1)), size=(3, args.batch, 1, 1))
+        lean = np.rint(rng.uniform(-0.2, 0.2, dx.shape) * (y - H / 2)).astype(int)
+        pictures = padded[rows, pad - 2 + dy + y, pad - 2 + dx + x + lean]
+        batch = place(mesh, pictures, labels[held:][rows.ravel()])
         params, opt_state, loss = step(params, opt_state, *batch, jax.random.fold_in(key, i))
         if not np.isfinite(loss := float(loss)):
             print(f"step {i + 1}: the loss is {loss}; stopped, and the last good training state is kept")
             return math.nan
         if (i + 1) % args.every == 0 or i + 1 == args.steps:
-            state = fetch({"params": params, "opt_state": opt_state}) | {"step": np.int32(i + 1)}
+            state = *fetch((params, opt_state)), np.int32(i + 1)
             if jax.process_index() == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(state)):
                 save_state(out.with_suffix(".state.npz"), state, flags)
             rate = (i + 1 - first) / (time.time() - started)
@@ -686,7 +685,7 @@ def train(args, flags, config, mesh, step, state, images, labels):
     params = fetch(params)
     if jax.process_index() == 0:
         save(out.with_suffix(".model.npz"), params, config)
-        one = [int(np.argmax(labels[:held] == c)) for c in np.unique(labels[:held])[:10]]  # of each class
+        one = np.unique(labels[:held], return_index=True)[1][:10]  # the first of each class
         draw(out, params, config, images[one], labels[one])
     return 100 * right / held
 
@@ -716,7 +715,6 @@ def draw(path, params, config: Config, images, labels):
 def main(argv=None) -> int:
     """Exit status 1 below the floor or when the loss is not finite, 2 for bad input, told in one line."""
     parser, recipe = argparse.ArgumentParser(description=__doc__.partition("\n")[0]), RECIPES["digits"]
-    data = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
     for flag, default, text in (
         ("steps", recipe.steps, None),
         ("batch", recipe.batch, "pictures per step, over all devices"),
@@ -724,7 +722,7 @@ def main(argv=None) -> int:
         ("learning-rate", recipe.learning_rate, "highest of the schedule"),
         ("seed", 0, None),
         ("mesh", "data=1,model=1", "devices for the batch, and for heads and hidden units"),
-        ("data", data, ".npz with images and labels: data/convert.py makes one"),
+        ("data", str(pathlib.Path(__file__).parent / "data/mnist5k.npz"), ".npz: data/convert.py makes one"),
         ("out", "vit.png", "figure; beside it go the model (.model.npz) and the training state (.state.npz)"),
         ("size", "digits", f"digits, {', '.join(SIZES)}"),
         ("every", 100, "steps between progress lines, each with a training state"),

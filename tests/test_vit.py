@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import pathlib
 import re
@@ -18,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import vit
 
@@ -112,8 +112,7 @@ def test_golden_outputs_and_gradients(name):
     value, (grads, image_grad) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, images)
     assert float(value) == pytest.approx(float(arrays["out/loss"]), rel=1e-6)
     layout = "vit" if config.class_position else "big_vision"
-    want = {n: a for n, a in part(arrays, "grad/").items()}
-    close_gradients(vit.to_official(grads, config, layout), want)
+    close_gradients(vit.to_official(grads, config, layout), part(arrays, "grad/"))
     if "out/grad_images" in arrays:
         close(image_grad, arrays["out/grad_images"], 2e-5)
     run = jax.jit(lambda p, x: (vit.features(p, x, config), vit.forward(p, x, config)))
@@ -135,7 +134,7 @@ def test_golden_intermediate_values(name):
         out["embedding"] = vit.linear(patches, params["embed"], "float32", axes=3)
         x = out["posembed"]
         for i in range(config.depth):
-            weights = jax.tree.map(lambda a: a[i], params["blocks"])
+            weights = jax.tree.map(operator.itemgetter(i), params["blocks"])
             silent = {**weights, "mlp2": jax.tree.map(jnp.zeros_like, weights["mlp2"])}
             out[f"block_{i}_attention"] = vit.block(x, silent, config)[0] - x  # without its MLP
             x = out[f"block_{i}"] = vit.block(x, weights, config)[0]
@@ -167,7 +166,7 @@ def test_golden_dropout_falls_where_the_official_code_drops(monkeypatch):
 
     def loop(layer, x, inputs):  # lax.scan traces its body once, with one draw for all blocks
         for i in range(config.depth):
-            x, _ = layer(x, jax.tree.map(lambda a: a[i], inputs))
+            x, _ = layer(x, jax.tree.map(operator.itemgetter(i), inputs))
         return x, None
 
     monkeypatch.setattr(jax.random, "bernoulli", stored_mask)
@@ -199,7 +198,7 @@ def test_golden_loading_for_fine_tuning():
     close(params["position"], arrays["out/posemb_after"][0], 1e-6)
     params["head"] = {"kernel": arrays["in/init_head_kernel"], "bias": arrays["in/init_head_bias"]}
     close(vit.forward(params, arrays["in/images"], new), arrays["out/logits"], 1e-5)
-    linen = {name for name in vit.to_official(params, new, "vit")}
+    linen = set(vit.to_official(params, new, "vit"))
     for official, newer in vit.NEWER.items():
         linen = {n if "pos_embedding" in n else n.replace(official, newer) for n in linen}
     assert sorted(linen) == str(arrays["out/loaded_names"]).split("\n")
@@ -393,7 +392,7 @@ PUBLISHED = {
 
 
 def test_c1_parameter_counts():
-    """Table 1: 86M, 307M and 632M parameters; to the last one in the official test, at 1,000 classes and 224 pixels."""
+    """Table 1: 86M, 307M, 632M parameters; to the last one in the official test, at 1,000 classes, 224 pixels."""
     assert vit.SIZES.keys() == PUBLISHED.keys()
     for name, count in PUBLISHED.items():
         shapes = jax.eval_shape(functools.partial(vit.init_params, config=vit.SIZES[name]), jax.random.key(0))
@@ -615,3 +614,514 @@ def test_float64_stays_float64():
         exact = vit.forward(params, images, config)
         assert exact.dtype == np.float64
     close(vit.forward(random_params(TINY), images.astype(np.float32), TINY), exact, 1e-5)
+
+
+# ==== Sharding ==============================================================================================
+
+WIDE = dataclasses.replace(TINY, representation=8, dropout=0.0)
+MESHES = [(1, 1), (2, 4), (4, 2), (8, 1)]
+
+
+@functools.cache
+def one_device():
+    params, batch = random_params(WIDE), random_batch(WIDE)
+    value, grads = jax.jit(jax.value_and_grad(lambda p: vit.loss_fn(p, *batch, WIDE)))(params)
+    return params, batch, float(value), vit.named_leaves(grads)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("data, model", MESHES)
+def test_mesh_gives_the_loss_and_gradients_of_one_device(data, model, fsdp):
+    params, batch, want, want_grads = one_device()
+    mesh = mesh_of(data, model)
+    specs = vit.param_specs(WIDE, mesh, fsdp)
+    placed = jax.device_put(params, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+    loss = vit.on_mesh(vit.loss_fn, WIDE, mesh, fsdp)
+    value, grads = jax.jit(jax.value_and_grad(loss))(placed, *batch, jax.random.key(0))
+    assert float(value) == pytest.approx(want, rel=1e-5)
+    close_gradients(vit.named_leaves(grads), want_grads, 1e-5)
+    for (name, array), spec in zip(vit.named_leaves(placed).items(), jax.tree.leaves(specs), strict=True):
+        cuts = math.prod(mesh.shape[axis] for axis in spec if axis)
+        assert array.addressable_shards[0].data.nbytes * cuts == array.nbytes, name
+    large = placed["blocks"]["mlp1"]["kernel"]
+    assert large.nbytes == large.addressable_shards[0].data.nbytes * model * (data if fsdp else 1)
+
+
+def collectives(config, fsdp, gradient=False):
+    """How often each collective runs in the loss (or its gradient) on a 2x4 mesh, loops with their trips."""
+    mesh = mesh_of(2, 4)
+    loss = vit.on_mesh(vit.loss_fn, config, mesh, fsdp)
+    shapes = jax.eval_shape(functools.partial(vit.init_params, config=config), jax.random.key(0))
+    images, labels = random_batch(config)
+    function = jax.grad(loss) if gradient else loss
+    jaxpr = jax.make_jaxpr(function)(shapes, images, labels, jax.random.key(0)).jaxpr
+    names = {"psum": ("psum", "psum_invariant"), "gather": ("all_gather",), "scatter": ("reduce_scatter",)}
+    return {n: count(jaxpr, lambda eqn, p=p: int(eqn.primitive.name in p)) for n, p in names.items()}
+
+
+def test_collectives_are_those_that_the_docstring_states():
+    deep = dataclasses.replace(WIDE, depth=5)
+    for fsdp in (False, True):
+        shallow, more = collectives(WIDE, fsdp), collectives(deep, fsdp)
+        assert more["psum"] - shallow["psum"] == 3 * 2  # three more blocks: attention and MLP each
+        assert more["gather"] - shallow["gather"] == 3 * 6 * fsdp  # query, key, value, out, mlp1, mlp2
+        assert shallow["psum"] == 2 * 2 + 1  # and the mean of the loss
+        assert shallow["gather"] == (2 * 6 + 3) * fsdp  # and embed, pre_logits, head
+        assert shallow["scatter"] == 0
+    grads = collectives(WIDE, True, gradient=True)
+    assert grads["scatter"] == 2 * 6 + 3  # each gathered kernel's gradient comes back in parts
+    assert grads["gather"] == 2 * 2 * 6 + 3  # blocks gather once more when they are recomputed
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_train_step_compiles_once_and_microbatches_equal_the_whole_batch(fsdp):
+    mesh, (images, labels) = mesh_of(2, 4), random_batch(WIDE, 16)
+    optimizer = vit.make_optimizer(vit.RECIPES["to CIFAR"]._replace(steps=10, warmup=0))
+    results = []
+    for accumulate in (1, 4):
+        state = vit.init_state(jax.random.key(0), WIDE, optimizer, mesh, fsdp)
+        step = vit.make_train_step(WIDE, optimizer, mesh, fsdp=fsdp, accumulate=accumulate)
+        batch = jax.device_put((images, labels), NamedSharding(mesh, P("data")))
+        for i in range(3):
+            *state, loss = step(*state, *batch, jax.random.key(i))
+        assert step._cache_size() == 1
+        results.append((float(loss), vit.named_leaves(state[0])))
+        slot = state[1][1][0].trace["blocks"]["mlp1"]["kernel"]  # momentum lies as its weight does
+        assert slot.sharding == state[0]["blocks"]["mlp1"]["kernel"].sharding
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    close_gradients(results[1][1], results[0][1], 1e-5)
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    optimizer = optax.sgd(0.1)
+    one, many = (
+        vit.init_state(jax.random.key(3), WIDE, optimizer, mesh_of(*m), True)[0] for m in ((1, 1), (2, 4))
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(a, b)
+    bound = math.sqrt(6 / (16 + 32))  # Glorot, of an MLP kernel [D,F]
+    kernel = np.asarray(one["blocks"]["mlp1"]["kernel"])
+    assert 0.95 * bound < np.abs(kernel).max() <= bound
+    bound = math.sqrt(6 / (16 + 16))  # and of the query kernel [D,H,K], drawn as [D,H*K]
+    kernel = np.asarray(one["blocks"]["query"]["kernel"])
+    assert 0.95 * bound < np.abs(kernel).max() <= bound
+
+
+def test_dropout_on_a_mesh_differs_between_rows_and_between_heads():
+    config = dataclasses.replace(WIDE, dropout=0.3, attention_dropout=0.3, depth=1)
+    params, mesh = random_params(config), mesh_of(2, 4)
+    images, labels = (np.repeat(a[:1], 8, axis=0) for a in random_batch(config))  # eight equal rows
+    drawn = []
+
+    def rows(params, images, labels, config, *, key, data_axis, model_axis):  # no sum: the shards' own losses
+        x = vit.features(params, images, config, key=key, data_axis=data_axis, model_axis=model_axis)
+        own = jax.lax.axis_index(data_axis) == jnp.arange(2)
+        return jax.lax.psum(jnp.where(own[:, None, None], x, 0), data_axis)
+
+    features = jax.jit(vit.on_mesh(rows, config, mesh))(params, images, labels, jax.random.key(0))
+    assert features.shape == (2, 4, 8)
+    assert float(abs(features[0] - features[1]).max()) > 1e-3  # other devices, other draws
+    keep = vit.jax.random.bernoulli
+
+    def record(key, p, shape):
+        drawn.append((jax.typeof(key).mat.varying, shape))
+        return keep(key, p, shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "bernoulli", record)
+        jax.eval_shape(vit.on_mesh(rows, config, mesh), params, images, labels, jax.random.key(0))
+    axes = [sorted(varying) for varying, _ in drawn]
+    # after the positions, attention weights of the own head, residual, own hidden units, residual
+    assert axes == [["data"], ["data", "model"], ["data"], ["data", "model"], ["data"]]
+
+
+def test_sharded_kernel_equals_the_plain_step():
+    params, batch, want, want_grads = one_device()
+    config = dataclasses.replace(WIDE, attention="pallas")
+    loss = vit.on_mesh(vit.loss_fn, config, mesh_of(2, 4))
+    value, grads = jax.jit(jax.value_and_grad(loss))(params, *batch, jax.random.key(0))
+    assert float(value) == pytest.approx(want, rel=1e-5)
+    close_gradients(vit.named_leaves(grads), want_grads)
+
+
+# ==== Checkpoints ===========================================================================================
+
+
+@pytest.mark.parametrize("layout", ["vit", "big_vision"])
+def test_official_names_go_there_and_back(layout):
+    config = dataclasses.replace(TINY, representation=6, class_position=layout == "vit")
+    params = random_params(config)
+    flat = vit.to_official(params, config, layout)
+    assert flat["cls"].shape == (1, 1, 16) and len(flat) == 2 * 16 + 10
+    assert flat["Transformer/encoderblock_1/MlpBlock_" + "30"[layout != "vit"] + "/Dense_0/kernel"].shape == (
+        16,
+        32,
+    )
+    back = vit.from_official(flat, config)
+    for name, array in vit.named_leaves(params).items():
+        np.testing.assert_array_equal(vit.named_leaves(back)[name], array)
+
+
+def test_strict_about_every_array():
+    flat = vit.to_official(random_params(TINY), TINY)
+    kernel = "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"
+    for name, array, message in (
+        (kernel, None, f"{kernel} is nothing, should be (16, 32)"),
+        ("extra/kernel", np.zeros(3), "extra/kernel is (3,), should be nothing"),
+        (kernel, flat[kernel].T, f"{kernel} is (32, 16), should be (16, 32)"),
+    ):
+        wrong = {n: a for n, a in flat.items() if n != name} | ({} if array is None else {name: array})
+        with pytest.raises(ValueError, match=re.escape(message)):
+            vit.from_official(wrong, TINY)
+    with pytest.raises(ValueError, match="layout='big_vision', class_position=True is neither"):
+        vit.to_official(random_params(TINY), TINY, "big_vision")
+
+
+def test_saved_and_loaded_it_predicts_the_same_bits(tmp_path):
+    params, (images, _) = random_params(TINY), random_batch(TINY)
+    run = jax.jit(lambda p: vit.forward(p, images, TINY))
+    vit.save(tmp_path / "model.npz", params, TINY)
+    np.testing.assert_array_equal(run(vit.load(tmp_path / "model.npz", TINY)), run(params))
+
+
+def broken(path, kind, flat):
+    """Writes a checkpoint with one fault."""
+    if kind == "truncated":
+        np.savez(path, **flat)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "pickles":
+        np.savez(path, **flat, extra=np.array({"a": 1}, dtype=object))
+    elif kind == "text":
+        path.write_text("not an archive")
+    elif kind == "nan":
+        np.savez(path, **(flat | {"cls": np.full_like(flat["cls"], np.nan)}))
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", "is not a readable .npz of plain arrays"),
+        ("truncated", "is not a readable .npz of plain arrays"),
+        ("pickles", "is not a readable .npz of plain arrays"),
+        ("text", "is not a readable .npz of plain arrays"),
+        ("nan", "cls holds values that are not finite"),
+    ],
+)
+def test_broken_checkpoints_are_refused_in_one_sentence(tmp_path, kind, message):
+    broken(tmp_path / "m.npz", kind, vit.to_official(random_params(TINY), TINY))
+    with pytest.raises(ValueError, match=message) as error:
+        vit.load(tmp_path / "m.npz", TINY)
+    assert str(tmp_path / "m.npz") in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path):
+    vit.save(tmp_path / "m.npz", random_params(TINY), TINY)
+    with pytest.raises(ValueError, match=r"encoder_norm/bias is \(16,\), should be \(32,\)"):
+        vit.load(tmp_path / "m.npz", dataclasses.replace(TINY, width=32))
+
+
+def test_adapt_keeps_what_fits_and_names_what_does_not():
+    config = dataclasses.replace(TINY, representation=6)
+    params = random_params(config)
+    new = dataclasses.replace(config, image_size=(16, 8), classes=3)
+    adapted = vit.adapt(params, config, new)
+    vit.check_names(vit.named_leaves(adapted), vit.named_leaves(random_params(new)), "adapted")
+    assert adapted["pre_logits"] is params["pre_logits"] and not np.any(adapted["head"]["kernel"])
+    for change in ({"width": 32}, {"patch_size": (2, 2)}, {"pool": "gap"}, {"representation": 7}):
+        with pytest.raises(ValueError, match=f"a checkpoint of {next(iter(change))}=.* cannot become"):
+            vit.adapt(params, config, dataclasses.replace(new, **change))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    vit.save_state(tmp_path / "s.npz", {"a": np.ones(3)}, {"seed": 1})
+    before = (tmp_path / "s.npz").read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="no space"):
+        vit.save_state(tmp_path / "s.npz", {"a": np.zeros(3)}, {"seed": 1})
+    assert (tmp_path / "s.npz").read_bytes() == before
+
+
+def test_state_of_any_tree_and_dtype_comes_back_and_must_fit(tmp_path):
+    optimizer = vit.make_optimizer(vit.RECIPES["digits"], "bfloat16")
+    params = random_params(TINY)
+    tree = {"params": params, "opt": optimizer.init(jax.tree.map(jnp.asarray, params)), "step": jnp.int32(7)}
+    vit.save_state(tmp_path / "s.npz", tree, {"seed": 1, "mesh": "data=1,model=1"})
+    back = vit.load_state(tmp_path / "s.npz", tree, {"seed": 1, "mesh": "data=1,model=1"})
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    with pytest.raises(ValueError, match="was made with seed=1, not 2"):
+        vit.load_state(tmp_path / "s.npz", tree, {"seed": 2})
+    with pytest.raises(ValueError, match="extra is nothing, should be"):
+        vit.load_state(tmp_path / "s.npz", tree | {"extra": np.zeros(1)}, {"seed": 1})
+
+
+# ==== Errors ================================================================================================
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_size": (30, 32)}, r"image_size=\(30, 32\) is no positive multiple of patch_size=\(16, 16\)"),
+        ({"patch_size": (0, 16)}, "is no positive multiple of patch_size"),
+        ({"width": 65, "heads": 4}, "width=65 is not a multiple of heads=4"),
+        ({"depth": 0}, "depth=0 is not at least 1"),
+        ({"classes": -1}, "classes=-1 is not at least 0"),
+        ({"representation": 0}, "representation=0 is not at least 1"),
+        ({"pool": "map"}, "pool='map' is none of token, gap, none, token_none"),
+        ({"position": "rotary"}, "position='rotary' is none of learned, sincos2d, none"),
+        ({"gelu": "relu"}, "gelu='relu' is none of tanh, exact"),
+        ({"dtype": "float16"}, "dtype='float16' is none of float32, bfloat16, float64"),
+        ({"attention": "flash"}, "attention='flash' is none of xla, pallas, cudnn"),
+        ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
+        ({"attention": "pallas", "attention_dropout": 0.1}, "attention='pallas' has no dropout"),
+        ({"position": "sincos2d", "width": 6, "heads": 1}, "width=6 is not a multiple of 4 above 4"),
+    ],
+)
+def test_config_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        vit.Config(**change)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((2, 8, 8, 3), np.float32), r"images \(2, 8, 8, 3\) are not \[B, 8, 12, 3\]"),
+        (np.zeros((8, 12, 3), np.float32), r"images \(8, 12, 3\) are not \[B, 8, 12, 3\]"),
+        (np.zeros((2, 8, 12, 3), np.uint8), "images are uint8 from 0 to 0, not floats in"),
+        (np.full((2, 8, 12, 3), 255.0), "images are float64 from 255 to 255, not floats in"),
+        (np.full((2, 8, 12, 3), np.nan, np.float32), "images are float32 from nan to nan, not floats in"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(images, message):
+    for function in (vit.forward, vit.features, vit.attention_maps):
+        with pytest.raises(ValueError, match=message):
+            function(random_params(TINY), images, TINY)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+    optimizer = optax.sgd(0.1)
+    three = dataclasses.replace(TINY, width=18, heads=3, mlp=36)
+    with pytest.raises(
+        ValueError, match=r"blocks/key/bias \(2, 6, 8\): 6 is not a multiple of mesh axis model=8"
+    ):
+        vit.make_train_step(dataclasses.replace(three, heads=6, width=48), optimizer, mesh_of(1, 8))
+    with pytest.raises(
+        ValueError, match=r"blocks/key/bias \(2, 3, 6\): 3 is not a multiple of mesh axis model=2"
+    ):
+        vit.make_train_step(three, optimizer, mesh_of(1, 2))
+    with pytest.raises(ValueError, match=r"18 is not a multiple of mesh axis data=4"):
+        vit.make_train_step(three, optimizer, mesh_of(4, 1), fsdp=True)
+    with pytest.raises(ValueError, match="fsdp=True needs remat=True"):
+        vit.make_train_step(dataclasses.replace(TINY, remat=False), optimizer, mesh_of(2, 1), fsdp=True)
+    step = vit.make_train_step(TINY, optimizer, mesh_of(4, 1), accumulate=2)
+    state = vit.init_state(jax.random.key(0), TINY, optimizer, mesh_of(4, 1))
+    with pytest.raises(ValueError, match="batch 12 is not a multiple of data=4 x accumulate=2"):
+        step(*state, *random_batch(TINY, 12), jax.random.key(0))
+
+
+# ==== Demo ==================================================================================================
+
+
+@pytest.fixture(scope="module")
+def tiny_data(tmp_path_factory):
+    """40 pictures of 14x14 whose class is told by the bright half, so that a few steps learn something."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(40, dtype=np.uint8) % 2
+    images = rng.integers(0, 100, (40, 14, 14), dtype=np.uint8)
+    images[labels == 1, :7] += 150
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, images=images, labels=labels)
+    return str(path)
+
+
+def test_demo_trains_saves_and_draws(tiny_data, tmp_path, capsys):
+    out = tmp_path / "d.png"
+    flags = ["--data", tiny_data, "--out", str(out), "--batch", "12", "--every", "2"]
+    assert vit.main([*flags, "--steps", "3", "--mesh", "data=2,model=2", "--fsdp", "--accumulate", "2"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^[\d,]+ parameters, 8 cpu device\(s\), simulated, compiled in", text, re.M)
+    assert re.search(r"^step 2/3  loss \d\.\d{3} nats  [\d,]+ images/s  \d+ s left$", text, re.M)
+    last = r"result: held-out accuracy: got \d+\.\d %, expected unknown, at least unknown"
+    assert re.fullmatch(last, text.splitlines()[-1])
+    assert out.read_bytes()[:4] == b"\x89PNG" and (tmp_path / "d.state.npz").exists()
+    config = dataclasses.replace(vit.DIGITS, image_size=(14, 14), channels=1, classes=2)
+    assert set(vit.load(tmp_path / "d.model.npz", config)) == set(vit.param_table(config))
+    assert vit.main([*flags, "--steps", "4", "--resume"]) == 2
+    assert "was made with steps=3, not 4" in capsys.readouterr().err
+
+
+def test_demo_evaluates_every_held_out_picture(tiny_data, tmp_path, capsys):
+    vit.main(["--data", tiny_data, "--out", str(tmp_path / "d.png"), "--batch", "3", "--steps", "1"])
+    got = float(re.search(r"got (\d+\.\d) %", capsys.readouterr().out)[1])
+    images, labels, _ = vit.load_data(tiny_data)
+    config = dataclasses.replace(vit.DIGITS, image_size=(14, 14), channels=1, classes=2)
+    params = vit.load(tmp_path / "d.model.npz", config)
+    guesses = vit.forward(params, vit.preprocess(images[:8]), config).argmax(-1)  # 8 of 40, in batches of 3
+    assert got == pytest.approx(100 * float((guesses == labels[:8]).mean()), abs=0.05)
+
+
+def test_demo_stops_at_a_loss_that_is_not_finite_and_keeps_the_last_good_state(tiny_data, tmp_path, capsys):
+    flags = [
+        "--data",
+        tiny_data,
+        "--out",
+        str(tmp_path / "d.png"),
+        "--batch",
+        "4",
+        "--steps",
+        "70",
+        "--every",
+        "1",
+    ]
+    assert vit.main([*flags, "--learning-rate", "1e38"]) == 1
+    text = capsys.readouterr().out
+    stopped = int(re.search(r"step (\d+): the loss is (nan|inf); stopped", text)[1])
+    state = dict(np.load(tmp_path / "d.state.npz", allow_pickle=False))
+    assert 1 <= int(state["2"]) < stopped
+    assert all(np.isfinite(a).all() for n, a in state.items() if n != "flags")
+    assert not (tmp_path / "d.model.npz").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--steps 0", "--steps 0 is not at least 1"),
+        ("--batch 0", "--batch 0 is not at least 1"),
+        ("--size B/17", "--size B/17 is none of digits, Ti/16, S/16, S/32"),
+        ("--mesh 2x4", "--mesh 2x4 is not of the form data=4,model=2"),
+        ("--mesh data=4,model=4", "--mesh data=4,model=4 asks for more than 8 cpu device(s), simulated"),
+        ("--mesh data=1,model=8", "4 is not a multiple of mesh axis model=8"),
+        ("--mesh data=8,model=1 --batch 12", "batch 12 is not a multiple of data=8 x accumulate=1"),
+        ("--out nowhere/f.png", "--out nowhere/f.png cannot be written"),
+        ("--out f.npz", "--out f.npz cannot be written"),
+        ("--resume", "d.state.npz is not a readable .npz of plain arrays"),
+        ("--data missing.npz", "missing.npz has no images and labels: data/convert.py makes such"),
+        ("--size S/16", "image_size=(14, 14) is no positive multiple of patch_size=(16, 16)"),
+    ],
+)
+def test_demo_refuses_in_one_line(flags, message, tiny_data, tmp_path, capsys):
+    before = ["--data", tiny_data, "--out", str(tmp_path / "d.png"), "--steps", "2", "--batch", "4"]
+    assert vit.main([*before, *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vit.py: ") and message in error and len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"labels": np.zeros(4, int)}, "has no images and labels"),
+        (
+            {"images": np.zeros((0, 8, 8), np.uint8), "labels": np.zeros(0, int)},
+            "uint8 (0, 8, 8, 1) and int64 (0,), not",
+        ),
+        (
+            {"images": np.zeros((4, 8, 8), np.float32), "labels": np.zeros(4, int)},
+            "float32 (4, 8, 8, 1) and int64 (4,)",
+        ),
+        (
+            {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(3, int)},
+            "(4, 8, 8, 1) and int64 (3,), not",
+        ),
+        ({"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(4)}, "and float64 (4,), not"),
+        (
+            {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.array([0, 1, 2, -1])},
+            "labels are -1 to 2, not within",
+        ),
+        (
+            {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.array([0, 1, 2, 9])},
+            "labels are 0 to 9, not within 0 to 3",
+        ),
+        (
+            {
+                "images": np.zeros((4, 8, 8), np.uint8),
+                "labels": np.arange(4),
+                "class_names": np.array(["a", "b"]),
+            },
+            "0 to 1",
+        ),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vit.load_data(tmp_path / "d.npz")
+
+
+def python(*flags, **options):
+    """`python vit.py FLAGS` in a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(ROOT / "vit.py"), *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **options
+    )
+
+
+def model_of(out):
+    return dict(np.load(out.with_suffix(".model.npz"), allow_pickle=False))
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(tiny_data, tmp_path):
+    flags = ["--data", tiny_data, "--batch", "4", "--steps", "40", "--every", "1", "--mesh", "data=2,model=1"]
+    whole, cut = tmp_path / "whole.png", tmp_path / "cut.png"
+    with python(*flags, "--out", str(whole)) as run:
+        assert "result:" in run.communicate(timeout=120)[0]
+    with python(*flags, "--out", str(cut)) as run:
+        last = int(np.random.default_rng(time.time_ns()).integers(2, 35))
+        for line in run.stdout:
+            if line.startswith(f"step {last}/"):
+                run.send_signal(signal.SIGKILL)
+        run.wait(timeout=60)
+    assert run.returncode == -signal.SIGKILL and not cut.with_suffix(".model.npz").exists()
+    with python(*flags, "--out", str(cut), "--resume") as run:
+        text = run.communicate(timeout=120)[0]
+    first = int(re.search(r"^step (\d+)/40", text, re.M)[1])
+    assert last < first <= 40, f"killed after step {last}, resumed with step {first}"
+    for name, array in model_of(whole).items():
+        np.testing.assert_array_equal(model_of(cut)[name], array, err_msg=name)
+
+
+def test_two_processes_of_four_devices_train_as_one_of_eight(tiny_data, tmp_path):
+    flags = [
+        "--data",
+        tiny_data,
+        "--batch",
+        "8",
+        "--steps",
+        "4",
+        "--every",
+        "2",
+        "--mesh",
+        "data=4,model=2",
+        "--fsdp",
+    ]
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    assert vit.main([*flags, "--out", str(one)]) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    runs = [python(*flags, "--out", str(two), "--distributed", f"{address},2,{i}") for i in range(2)]
+    try:
+        texts = [run.communicate(timeout=120)[0] for run in runs]
+    finally:
+        for run in runs:  # a peer that waits for a dead one never ends by itself
+            run.kill()
+            run.wait()
+    assert [run.returncode for run in runs] == [0, 0], texts
+    losses = [re.findall(r"loss (\d\.\d+) nats", text) for text in texts]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert re.search(r"8 cpu device\(s\), simulated", texts[0])
+    close_gradients(model_of(two), model_of(one), 1e-5)
+
+
+def test_a_mesh_of_simulated_devices_is_made_where_there_are_none(tiny_data, tmp_path):
+    flags = ["--data", tiny_data, "--batch", "4", "--steps", "1", "--mesh", "data=2,model=2"]
+    with python(*flags, "--out", str(tmp_path / "d.png"), cwd=tmp_path) as run:
+        assert "4 cpu device(s), simulated" in run.communicate(timeout=120)[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import operator
@@ -392,7 +393,7 @@ PUBLISHED = {
 
 
 def test_c1_parameter_counts():
-    """Table 1: 86M, 307M, 632M parameters; to the last one in the official test, at 1,000 classes, 224 pixels."""
+    """Table 1: 86M, 307M, 632M parameters; to the last one in the official test (1,000 classes, 224 px)."""
     assert vit.SIZES.keys() == PUBLISHED.keys()
     for name, count in PUBLISHED.items():
         shapes = jax.eval_shape(functools.partial(vit.init_params, config=vit.SIZES[name]), jax.random.key(0))
@@ -414,7 +415,7 @@ def test_c2_without_positions_the_encoder_commutes_with_permutations(position, c
 
 
 def test_c3_resizing_to_the_same_grid_changes_nothing_and_rectangles_are_not_transposed():
-    """Sec. 3.2: 2D interpolation of the pre-trained position embeddings, according to their place in the image."""
+    """Sec. 3.2: position embeddings are interpolated in 2D, according to their place in the image."""
     table = np.random.default_rng(0).normal(size=(1 + 7 * 14, 6)).astype(np.float32)
     np.testing.assert_array_equal(vit.resize_position_embedding(table, (7, 14), (7, 14), 1), table)
     rows, columns = np.mgrid[:2, :3].astype(np.float32)
@@ -1125,3 +1126,105 @@ def test_a_mesh_of_simulated_devices_is_made_where_there_are_none(tiny_data, tmp
     flags = ["--data", tiny_data, "--batch", "4", "--steps", "1", "--mesh", "data=2,model=2"]
     with python(*flags, "--out", str(tmp_path / "d.png"), cwd=tmp_path) as run:
         assert "4 cpu device(s), simulated" in run.communicate(timeout=120)[0]
+
+
+# ==== The real model: network ===============================================================================
+
+EXAMPLES = ROOT / "examples"
+REAL_SIZE = {
+    "image_size": (224, 224),
+    "patch_size": (14, 14),
+    "width": 384,
+    "depth": 12,
+    "heads": 6,
+    "mlp": 1536,
+}
+REAL = vit.Config(**REAL_SIZE, classes=0, gelu="exact")
+# Run by a process that has onnx and onnxruntime, on the model as published.
+REFERENCE = """
+import numpy as np, real_vit
+images, names = real_vit.photographs(224)
+features = real_vit.backbone_features(real_vit.fetch(), (images.astype(np.float64) - 127.5) / 127.5)
+np.savez("reference.npz", images=images, features=features)
+"""
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Path of the checkpoint, photographs uint8 [3,224,224,3], their features by onnxruntime [3,257,384].
+
+    The packages that this needs go into a folder of their own, which only the processes here see.
+    """
+    folder = tmp_path_factory.mktemp("real")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder / "packages"), str(EXAMPLES)])}
+
+    def python(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        options = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 600}
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, f"{arguments}:\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    python("-m", "pip", "install", "--quiet", "--target", "packages", "onnx", "onnxruntime", "pillow")
+    printed = python(EXAMPLES / "real_vit.py", "--out", "vit_s14.npz", "--photos", "photos")
+    assert "198 arrays, 21,619,584 parameters" in printed
+    assert len(list((folder / "photos").glob("*.png"))) == 3
+    python("-c", REFERENCE)
+    reference = vit.read_npz(folder / "reference.npz")
+    return folder / "vit_s14.npz", reference["images"], reference["features"]
+
+
+@pytest.fixture(scope="module")
+def attention():
+    """examples/vit_attention.py as a module."""
+    spec = importlib.util.spec_from_file_location("vit_attention", EXAMPLES / "vit_attention.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.network
+def test_features_of_the_real_model_equal_those_of_onnxruntime(real, attention):
+    path, images, wanted = real
+    assert attention.infer_config(vit.read_npz(path), gelu="exact") == REAL
+    config = dataclasses.replace(REAL, pool="token_none")
+    got = jax.jit(vit.features, static_argnums=2)(vit.load(path, config), vit.preprocess(images), config)
+    assert got.shape == wanted.shape == (3, 257, 384)
+    error, deviation = np.abs(got - wanted).max(), wanted.std()
+    print(f"largest difference {error:.2g}, standard deviation of the features {deviation:.3g}")
+    assert error < 1e-4 and deviation > 2
+
+
+@pytest.mark.network
+def test_c7_real_model_position_embeddings_and_attention_distance(real, attention):
+    """Section 4.5: "closer patches tend to have more similar position embeddings", "patches in the same
+    row/column have similar embeddings"; "the attention distance increases with network depth"; "some heads
+    attend to most of the image already in the lowest layers".
+
+    The first two and the last hold in this model. The third holds from the second layer on, and for the last
+    third of the layers against the first; but of all layers the first has the largest mean distance.
+    """
+    path, images, _ = real
+    params, grid = vit.load(path, REAL), REAL.grid
+    similarity = attention.position_similarity(params["position"], grid).reshape(256, 256)
+    apart = attention.patch_distances(grid, (1, 1))  # in patches
+    near, far = similarity[(apart > 0) & (apart < 2)].mean(), similarity[apart >= 2].mean()
+    print(f"cosine of position embeddings: neighbours {near:.2f}, others {far:.2f}")
+    assert near > 0.5 and far < 0.2  # measured: 0.66, 0.07
+    row, column = np.divmod(np.arange(256), 16)
+    aligned = (row[:, None] == row) | (column[:, None] == column)
+    for least in range(2, 15):  # at one and the same distance
+        ring = (apart >= least) & (apart < least + 1)
+        assert similarity[ring & aligned].mean() > similarity[ring & ~aligned].mean() + 0.2  # at least 0.22
+
+    _, distance = attention.look(params, images, REAL)  # [L,H]
+    layers, uniform = distance.mean(1), attention.patch_distances(grid, (14, 14)).mean()
+    all_layers, from_second = (np.corrcoef(range(i, 12), layers[i:])[0, 1] for i in (0, 1))
+    print(f"mean attention distance by layer: {layers.round(1)}, uniform {uniform:.1f} pixels")
+    print(f"correlation with depth {all_layers:.2f}, from layer 2 {from_second:.2f}")
+    assert layers[-4:].mean() > layers[:4].mean() + 8  # measured: 82.6, 69.6
+    assert from_second > 0.75  # measured: 0.84; with the first layer 0.31
+    assert layers.argmax() == 0  # the exception: 100.6
+    print(f"heads of layers 1 to 3: least {distance[:3].min(1)}, largest {distance[:3].max(1)}")
+    assert (distance[:3].max(1) > uniform / 2).all()  # measured: 123.6, 77.6, 115.3 of 116.6
+    assert distance[1:3].min() < uniform / 4  # while other heads of these layers are local: 21.4

@@ -16,7 +16,7 @@ Claims    C1 parameter counts (Table 1)   C2 without positions the encoder commu
 Checked   google-research/vision_transformer @ c6de1e5 and google-research/big_vision @ 0127fb6: outputs,
           gradients, optimizer steps, schedules, preprocessing; largest error 1.8e-6 of the largest value.
 Read      Config, embed, attention_weights, block, features, attention_rollout, make_train_step, OFFICIAL
-Run       python vit.py   80 s on two CPU cores: 97.5 % of 1,000 held-out MNIST digits right, at least 97.0 %
+Run       python vit.py   79 s on two CPU cores: 97.8 % of 1,000 held-out MNIST digits right, at least 97.0 %
 Axes      B batch  T tokens, class token first  S keys  D width  H heads  K head size  F hidden units of MLP
           L blocks  N classes  R representation  C channels.  In shard_map B, H and F are sizes per device.
 """
@@ -382,7 +382,7 @@ RECIPES = {  # of B/16. Pre-training at 224 pixels, epochs turned into steps; fi
     "ImageNet": Recipe("adam", 4096, 93_800, 3e-3, "cosine", 10_000, 0.3, 1.0, 0.1, "quoted: Table 3"),
     "to ImageNet": Recipe("sgd", 512, 20_000, 0.03, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
     "to CIFAR": Recipe("sgd", 512, 10_000, 0.01, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
-    "digits": Recipe("adam", 128, 1_150, 2e-3, "cosine", 60, 0.3, 1.0, 0.0, "reproduced: python vit.py"),
+    "digits": Recipe("adam", 128, 1_000, 2e-3, "cosine", 60, 0.3, 1.0, 0.0, "reproduced: python vit.py"),
 }
 
 
@@ -588,7 +588,7 @@ def load_state(path, like, flags):  # same in every file
 
 # ==== Demo ==================================================================================================
 DIGITS = Config(width=128, depth=3, heads=4, mlp=256, patch_size=(7, 7))
-EXPECTED, FLOOR = 97.5, 97.0  # per cent of 1,000 held-out digits, with the default flags
+EXPECTED, FLOOR = 97.8, 97.0  # per cent of 1,000 held-out digits, with the default flags
 
 
 def load_data(path):
@@ -657,13 +657,15 @@ def train(args, flags, config, mesh, step, state, images, labels):
     (params, opt_state, first), out, key = state, pathlib.Path(args.out), jax.random.key(args.seed)
     fetch = functools.partial(multihost_utils.process_allgather, tiled=True)  # by all processes together
     (H, W), held, started = config.image_size, min(1000, len(images) // 5), time.time()
-    y, x, pad = np.arange(H)[:, None], np.arange(W), 3 + H // 10
+    y, x, pad = np.arange(H)[:, None], np.arange(W), 3 + (H + W) // 12
     padded = np.pad(images[held:], ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="edge")
     for i in range(int(first), args.steps):
         rng = np.random.default_rng((args.seed, i))  # by seed and step alone: --resume goes on alike
         rows, dy, dx = rng.integers(np.reshape([len(padded), 5, 5], (3, 1, 1, 1)), size=(3, args.batch, 1, 1))
-        lean = np.rint(rng.uniform(-0.2, 0.2, dx.shape) * (y - H / 2)).astype(int)
-        pictures = padded[rows, pad - 2 + dy + y, pad - 2 + dx + x + lean]
+        a = rng.uniform(-0.15, 0.15, (4, args.batch, 1, 1))  # each picture is shifted, stretched and slanted
+        down = pad - 2 + dy + y + a[0] * (y - H / 2) + a[1] * (x - W / 2)
+        across = pad - 2 + dx + x + a[2] * (x - W / 2) + a[3] * (y - H / 2)
+        pictures = padded[rows, np.rint(down).astype(int), np.rint(across).astype(int)]
         batch = place(mesh, pictures, labels[held:][rows.ravel()])
         params, opt_state, loss = step(params, opt_state, *batch, jax.random.fold_in(key, i))
         if not np.isfinite(loss := float(loss)):

@@ -28,6 +28,7 @@ import dataclasses
 import functools
 import json
 import math
+import operator
 import os
 import pathlib
 import re
@@ -92,13 +93,8 @@ class Config:
         fits = self.attention == "xla" or not self.attention_dropout
         require(fits, f"attention={self.attention!r} has no dropout: use 'xla' or attention_dropout=0")
 
-    @property
-    def grid(self) -> tuple[int, int]:  # rows and columns of patches
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
-
-    @property
-    def class_token(self) -> bool:
-        return self.pool in ("token", "token_none")
+    grid = property(lambda c: tuple(map(operator.floordiv, c.image_size, c.patch_size)))  # rows, columns
+    class_token = property(lambda c: c.pool in ("token", "token_none"))
 
 
 BASE = {"Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16)}
@@ -121,9 +117,9 @@ def param_table(config: Config) -> dict:
     dense = lambda kernel, bias: {"kernel": Param(*kernel), "bias": Param(*bias)}
     matrix, split, merge = glorot_uniform(1, 2, 0), glorot_uniform(1, (2, 3), 0), glorot_uniform((1, 2), 3, 0)
     heads = ((L, D, H, K), P(None, "data", "model"), split), ((L, H, K), P(None, "model"), zeros)
-    wide, cut, bias = P(None, "data", "model"), P(None, "model", "data"), ((D,), P(), zeros)
+    wide, cut, bias = P(None, "data", "model"), P(None, "model", "data"), lambda n: ((n,), P(), zeros)
     table = {
-        "embed": dense(((h, w, C, D), P(None, None, None, "data"), lecun_normal((0, 1, 2), 3)), bias),
+        "embed": dense(((h, w, C, D), P(None, None, None, "data"), lecun_normal((0, 1, 2), 3)), bias(D)),
         "class": config.class_token and Param((D,), P(), zeros),
         "position": config.position == "learned" and Param((T, D), P(), normal(0.02)),
         "blocks": {
@@ -137,9 +133,8 @@ def param_table(config: Config) -> dict:
             "mlp2": dense(((L, F, D), cut, matrix), ((L, D), P(), normal(1e-6))),
         },
         "norm": norm(D),
-        "pre_logits": config.representation
-        and dense(((D, R), P("data"), lecun_normal()), ((R,), P(), zeros)),
-        "head": N and dense(((R, N), P("data"), zeros), ((N,), P(), zeros)),
+        "pre_logits": config.representation and dense(((D, R), P("data"), lecun_normal()), bias(R)),
+        "head": N and dense(((R, N), P("data"), zeros), bias(N)),
     }
     return {name: rows for name, rows in table.items() if rows}
 
@@ -175,12 +170,10 @@ def resize_position_embedding(table, old_grid, new_grid, prefix):
     """Positions on another grid (rows, columns): linear, corners aligned (Sec. 3.2). [prefix+T,D] -> same."""
     table, T = np.asarray(table), math.prod(old_grid)
     require(len(table) == prefix + T, f"{len(table)} positions are not {prefix} + {T} of grid {old_grid}")
-    hats = []  # [new,old] linear interpolation along one side: a hat function at each new coordinate
-    for old, new in zip(old_grid, new_grid):
-        at = np.arange(new) * (old - 1) / max(new - 1, 1)
-        hats.append(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old))))
-    patches = np.einsum("rR,cC,RCd->rcd", *hats, table[prefix:].reshape(*old_grid, -1))
-    return np.concatenate([table[:prefix], patches.reshape(-1, table.shape[1]).astype(table.dtype)])
+    # [new,old] for one side: at each new coordinate a hat function, which is linear interpolation
+    hat = lambda old, new: np.maximum(0, 1 - np.abs(np.linspace(0, old - 1, new)[:, None] - np.arange(old)))
+    cells = np.einsum("rR,cC,RCd->rcd", *map(hat, old_grid, new_grid), table[prefix:].reshape(*old_grid, -1))
+    return np.concatenate([table[:prefix], cells.reshape(-1, table.shape[1]).astype(table.dtype)])
 
 
 def dropout(key, x, rate):
@@ -190,16 +183,24 @@ def dropout(key, x, rate):
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
+def softmax_terms(q, k):
+    """exp(q k^T / sqrt(K) - highest) and its sum over the keys. 2 x [B,H,T,K] -> [B,H,T,S], [B,H,T,1]."""
+    scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k)
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    terms = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return terms, terms.sum(-1, keepdims=True)
+
+
 def attention_weights(q, k):
     """softmax(q k^T / sqrt(K)) over the keys, at least float32 (Eq. 6). 2 x [B,H,T,K] -> [B,H,T,S]."""
-    scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k)
-    return jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)))
+    return jnp.divide(*softmax_terms(q, k))
 
 
 def attention_reference(q, k, v, key=None, rate=0.0):
     """Mean of v by attention weight, with dropout of the weights (Eq. 7). 3 x [B,H,T,K] -> [B,H,T,K]."""
-    weights = dropout(key, attention_weights(q, k), rate)
-    return jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v)
+    terms, total = softmax_terms(q, k)  # divided last: the quotients would be one more [B,H,T,S] array
+    out = jnp.einsum("bhts,bhsk->bhtk", dropout(key, terms, rate).astype(v.dtype), v)
+    return (out / total).astype(v.dtype)
 
 
 def attention_rollout(maps):
@@ -343,8 +344,7 @@ def forward(params, images, config: Config, *, key=None, data_axis=None, model_a
         key = jax.random.fold_in(key, lax.axis_index(data_axis))  # other rows, other draws
     keys = (None, None) if key is None else (key, jax.random.split(jax.random.fold_in(key, 0), config.depth))
     layer = lambda x, inputs: (block(x, inputs[0], config, inputs[1], data_axis, model_axis)[0], None)
-    if config.remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)  # a scan has nothing to merge the second pass with
+    layer = jax.checkpoint(layer, prevent_cse=False) if config.remat else layer  # in a scan nothing merges
     x = dropout(keys[0], embed(outer, images, config), config.dropout)
     x, _ = lax.scan(layer, x, (params["blocks"], keys[1]))
     x = layer_norm(x, outer["norm"])
@@ -642,13 +642,13 @@ def prepare(args, flags):
     recipe = RECIPES["digits"]._replace(steps=args.steps, learning_rate=args.learning_rate)
     optimizer, key, started = make_optimizer(recipe), jax.random.key(args.seed), time.time()
     state = *init_state(key, config, optimizer, mesh, args.fsdp), jnp.int32(0)  # weights, slots, steps done
+    if args.resume:
+        loaded = load_state(out.with_suffix(".state.npz"), state, flags)
+        state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, state)
     step = make_train_step(config, optimizer, mesh, fsdp=args.fsdp, accumulate=args.accumulate)
     batch = (np.resize(x, (args.batch, *x.shape[1:])) for x in (images, labels))
     step = step.lower(*state[:2], *place(mesh, *batch), key).compile()
     print(f"{optax.tree.size(state[0]):,} parameters, {kind}, compiled in {time.time() - started:.1f} s")
-    if args.resume:
-        loaded = load_state(out.with_suffix(".state.npz"), state, flags)
-        state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, state)
     return config, mesh, step, state, images, labels
 
 
@@ -698,8 +698,8 @@ def draw(path, params, config: Config, images, labels):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no figure without matplotlib: pip install matplotlib")
-    inputs = preprocess(images)
-    guesses, maps = forward(params, inputs, config).argmax(-1), attention_maps(params, inputs, config)
+    look = jax.jit(lambda p, x: (forward(p, x, config).argmax(-1), attention_maps(p, x, config)))
+    guesses, maps = look(params, preprocess(images))
     heat = attention_rollout(maps)[:, 0, 1:].reshape(-1, *config.grid)  # from class token to patches
     figure, axes = plt.subplots(2, len(images), figsize=(1.2 * len(images), 3), layout="constrained")
     for i, (top, bottom) in enumerate(axes.T):

@@ -19,6 +19,15 @@ jax.config.update("jax_default_matmul_precision", "highest")  # else GPUs multip
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `import vit`, started from any folder
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Compiles in half the time, here and in processes started from here, to code that runs slower."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_report_header():
     return f"jax {jax.__version__}, optax {optax.__version__}, on the {jax.default_backend()}"
 

@@ -202,6 +202,7 @@ def test_vit_attention_draws_two_figures(fields, checkpoint, pictures, tmp_path,
     assert "layer  2  mean" in printed and f"wrote {out}" in printed
 
 
+@pytest.mark.usefixtures("quick")
 def test_vit_finetune_trains_on_a_mesh(checkpoint, data, tmp_path, capsys):
     path = str(checkpoint(channels=1, representation=7))
     out = tmp_path / "tuned.npz"

@@ -242,6 +242,7 @@ def check_alone(name, source, folder):
     return out
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_file_copied_alone_runs(name, tmp_path):
     silent(check_alone(name, SOURCES[name], tmp_path))

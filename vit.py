@@ -16,7 +16,7 @@ Claims    C1 parameter counts (Table 1)   C2 without positions the encoder commu
 Checked   google-research/vision_transformer @ c6de1e5 and google-research/big_vision @ 0127fb6: outputs,
           gradients, optimizer steps, schedules, preprocessing; largest error 1.8e-6 of the largest value.
 Read      Config, embed, attention_weights, block, features, attention_rollout, make_train_step, OFFICIAL
-Run       python vit.py   79 s on two CPU cores: 97.8 % of 1,000 held-out MNIST digits right, at least 97.0 %
+Run       python vit.py   75 s on two CPU cores: 97.6 % of 1,000 held-out MNIST digits right, at least 97.0 %
 Axes      B batch  T tokens, class token first  S keys  D width  H heads  K head size  F hidden units of MLP
           L blocks  N classes  R representation  C channels.  In shard_map B, H and F are sizes per device.
 """
@@ -588,7 +588,7 @@ def load_state(path, like, flags):  # same in every file
 
 # ==== Demo ==================================================================================================
 DIGITS = Config(width=128, depth=3, heads=4, mlp=256, patch_size=(7, 7))
-EXPECTED, FLOOR = 97.8, 97.0  # per cent of 1,000 held-out digits, with the default flags
+EXPECTED, FLOOR = 97.6, 97.0  # per cent of 1,000 held-out digits, with the default flags
 
 
 def load_data(path):

@@ -38,48 +38,55 @@ import vit  # noqa: E402
 TRIED = """
 ### What was tried
 
-Two CPU cores, S/16, batch 8, float32. These were measured while vit.py was written.
+Two CPU cores, S/16, batch 8, float32, JAX 0.10.2. These were measured while vit.py was written.
 
 | tried | gave | kept |
 | --- | --- | --- |
 | heads before tokens, attention alone | forward 10.4 -> 5.6 ms, and gradient 17.5 -> 15.3 ms | yes |
 | heads before tokens, whole step | from 0.90 to 1.06 times flax's speed | yes |
 | jax.checkpoint around GELU | 9.7 MB less temporaries at equal speed | yes |
-| q, k, v as one product instead of three | gradient 1,620 against 1,625 ms, the same bytes | no |
 | jax.checkpoint around attention_reference | the same bytes | no |
+| softmax divided by its sum after the product with v | 1.01 times the speed, 12.5 MB less | yes |
 
-The next is relative to vit.py of that time, on a machine busy with other work: medians of 8 interleaved
-rounds of the processor time of a step, where differences below 3 % mean nothing. MB are temporary bytes of
-the train step (vit.py 205.9; a fifth of flax's is 203.7). Without a speed, only bytes were measured.
+The next six are in vit.py together; before them it had 193.4 MB and 0.94 to 0.99 of flax's speed. Each was
+left out in turn: speed then, by the lower quartile of 14 interleaved steps, and temporary bytes of the step.
 
-| tried | speed | MB | kept |
+| left out | speed | MB |
+| --- | --- | --- |
+| none | 1.00 | 201.3 |
+| no collectives over a mesh axis of one device (they copy) | 0.94 | 205.2 |
+| x after attention (Eq. 2) is kept for the backward pass | 0.96 | 189.3 |
+| biases are added before the reshape to heads | 0.97 | 201.3 |
+| q, k, v as one product instead of three | 0.98 | 201.2 |
+| derivative of LayerNorm by hand | 0.99 | 206.1 |
+| kernel of mlp2 stored transposed | 0.99 | 201.3 |
+
+These were not kept. Speed is relative to vit.py of that time; differences below 2 % mean nothing. Without a
+speed, only bytes were measured.
+
+| tried | speed | MB | then |
 | --- | --- | --- | --- |
-| lax.scan with unroll=2 | 0.97 | 281.4 | no |
-| B and H flattened before both attention products | 1.00 | 205.9 | no |
-| attention output in [B,T,H,K] straight from the product | 0.98, forward 0.92 | 205.9 | no |
-| variance as E[x^2] - E[x]^2 | 1.00 | 205.9 | no |
-| 1/sqrt(K) on the query weights | 1.01 | 205.9 | no |
-| 1/sqrt(K) on the scores | | 213.3 | no |
-| patch embedding as a convolution | | 205.9 | no |
-| checkpoint policy: keep x after attention (Eq. 2) | 1.02 | 207.7 | no |
-| checkpoint policy: keep the attention output | | 229.8 | no |
-| checkpoint policy: keep q, k, v | | 293.0 | no |
-| checkpoint policy: dots_with_no_batch_dims_saveable | | 421.3 | no |
-| softmax divided by its sum after the product with v | 1.01, forward 1.02 | 193.4 | yes |
+| lax.scan with unroll=2 | 0.97 | 281.4 | 205.9 |
+| B and H flattened before both attention products | 1.00 | 205.9 | 205.9 |
+| attention output in [B,T,H,K] straight from the product | 0.98, forward 0.92 | 205.9 | 205.9 |
+| variance as E[x^2] - E[x]^2 | 1.00 | 205.9 | 205.9 |
+| 1/sqrt(K) on the query weights | 1.01 | 205.9 | 205.9 |
+| 1/sqrt(K) on the scores | | 213.3 | 205.9 |
+| patch embedding as a convolution | | 205.9 | 205.9 |
+| checkpoint policy: keep the attention output | | 229.8 | 205.9 |
+| checkpoint policy: keep q, k, v | | 293.0 | 205.9 |
+| checkpoint policy: dots_with_no_batch_dims_saveable | | 421.3 | 205.9 |
+| jax.checkpoint around each half of a block | 0.99 | 207.7 | 193.4 |
+| derivative of the softmax's division from the quotient | 1.00 | 201.3 | 201.3 |
+| no jax.checkpoint around GELU | 0.99 | 213.4 | 201.3 |
+| q, k, v stored as one weight | 0.99 | 201.3 | 201.3 |
 
-Then, relative to vit.py as it is (193.4 MB), on a quiet machine: medians of 8 to 12 interleaved steps.
-
-| tried | speed | MB | kept |
-| --- | --- | --- | --- |
-| checkpoint policy: keep x after attention (Eq. 2) | 1.00 | 207.7 | no |
-| jax.checkpoint around each half of a block | 0.99 | 207.7 | no |
-| the same without the one around GELU | 1.00 | 219.7 | no |
-| no shard_map on one device | 1.00 | 191.9 | no |
-| that, and kernel gradients with the narrow side first | 1.01 | 191.9 | no |
-
-A step is bound by its products: 270 GFLOP, of which 50 are computed twice to save bytes, at the 200 GFLOP/s
-that a product of [1576,384] and [384,1536] reaches here alone take 1.35 s. 1.1 times flax's speed was not
-found. Beside flax in the same races the step reached 0.98 to 1.02 of its speed; in the table above, less.
+1.1 times flax's speed was not found. A step is bound by its products: 264 GFLOP, of which 45 are computed
+twice to save bytes, at the 208 GFLOP/s that a product of [1576,384] and [384,1536] reaches here alone take
+1.27 s. What the profiler shows beside them, per step of 1.58 s: 41 ms until the zeros are written into which
+lax.scan stacks activations and gradients; two of the attention products of a block run on one core (2.7 ms
+each), and two need 5.4 ms of processor time where 2.6 would do, since their left operand is transposed.
+With JAX 0.12.0.1 on Python 3.13 the step reached 0.92 to 0.94 of flax's speed (10 pairs), with 211.0 MB.
 """
 
 # ==== Contenders ============================================================================================

@@ -554,6 +554,18 @@ def test_c8_flops_are_linear_in_depth_and_attention_quadratic_in_tokens():
     assert quadratic == [4 * T * T * D for T in (2, 4, 6)]
 
 
+def test_remat_computes_all_products_of_a_block_twice_but_the_last_of_each_half():
+    config, D, F, T = dataclasses.replace(TINY, pool="gap", dropout=0.0), 16, 32, 6
+    shapes = jax.eval_shape(functools.partial(vit.init_params, config=config), jax.random.key(0))
+    images, labels = random_batch(config)
+    total = []
+    for remat in (True, False):
+        loss = functools.partial(vit.loss_fn, config=dataclasses.replace(config, remat=remat))
+        total.append(count(jax.make_jaxpr(jax.grad(loss))(shapes, images, labels).jaxpr, matmul_flops))
+    again = 2 * T * (3 * D * D + D * F) + 4 * T * T * D  # q, k, v and the first of the MLP; attention itself
+    assert total[0] - total[1] == config.depth * len(images) * again
+
+
 # ==== Kernel ================================================================================================
 
 
@@ -677,30 +689,44 @@ def test_mesh_gives_the_loss_and_gradients_of_one_device(data, model, fsdp):
     assert large.nbytes == large.addressable_shards[0].data.nbytes * model * (data if fsdp else 1)
 
 
-def collectives(config, fsdp, gradient=False):
-    """How often each collective runs in the loss (or its gradient) on a 2x4 mesh, loops with their trips."""
-    mesh = mesh_of(2, 4)
+def on_one_device(config, fsdp, gradient=False, shape=(2, 4)):
+    """Of the loss (or its gradient) on a mesh, per device: FLOPs of products, runs of each collective."""
+    mesh = mesh_of(*shape)
     loss = vit.on_mesh(vit.loss_fn, config, mesh, fsdp)
     shapes = jax.eval_shape(functools.partial(vit.init_params, config=config), jax.random.key(0))
     images, labels = random_batch(config)
     function = jax.grad(loss) if gradient else loss
     jaxpr = jax.make_jaxpr(function)(shapes, images, labels, jax.random.key(0)).jaxpr
     names = {"psum": ("psum", "psum_invariant"), "gather": ("all_gather",), "scatter": ("reduce_scatter",)}
-    return {n: count(jaxpr, lambda eqn, p=p: int(eqn.primitive.name in p)) for n, p in names.items()}
+    times = {n: count(jaxpr, lambda eqn, p=p: int(eqn.primitive.name in p)) for n, p in names.items()}
+    return {"flops": count(jaxpr, matmul_flops), **times}
 
 
 def test_collectives_are_those_that_the_docstring_states():
     deep = dataclasses.replace(WIDE, depth=5)
     for fsdp in (False, True):
-        shallow, more = collectives(WIDE, fsdp), collectives(deep, fsdp)
+        shallow, more = on_one_device(WIDE, fsdp), on_one_device(deep, fsdp)
         assert more["psum"] - shallow["psum"] == 3 * 2  # three more blocks: attention and MLP each
         assert more["gather"] - shallow["gather"] == 3 * 6 * fsdp  # query, key, value, out, mlp1, mlp2
         assert shallow["psum"] == 2 * 2 + 1  # and the mean of the loss
         assert shallow["gather"] == (2 * 6 + 3) * fsdp  # and embed, pre_logits, head
         assert shallow["scatter"] == 0
-    grads = collectives(WIDE, True, gradient=True)
+    grads = on_one_device(WIDE, True, gradient=True)
     assert grads["scatter"] == 2 * 6 + 3  # each gathered kernel's gradient comes back in parts
     assert grads["gather"] == 2 * 2 * 6 + 3  # blocks gather once more when they are recomputed
+    alone = on_one_device(WIDE, True, gradient=True, shape=(1, 1))
+    assert not any(alone[name] for name in ("psum", "gather", "scatter"))
+    models, rows = (on_one_device(WIDE, False, shape=shape) for shape in ((1, 4), (8, 1)))
+    assert (models["psum"], rows["psum"]) == (2 * 2, 1)  # blocks over "model", the mean over "data"
+
+
+def test_a_device_does_its_share_of_the_products():
+    whole, half, eighth, parts = (
+        on_one_device(WIDE, False, gradient=True, shape=shape)["flops"]
+        for shape in ((1, 1), (2, 1), (8, 1), (2, 4))
+    )
+    assert whole == 2 * half == 8 * eighth
+    assert half / 4 < parts < half / 3  # embedding and head are not cut over "model"
 
 
 def test_train_step_compiles_once_and_microbatches_equal_the_whole_batch(fsdp=True):

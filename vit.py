@@ -439,6 +439,7 @@ def make_train_step(config: Config, optimizer, mesh, *, fsdp=False, accumulate=1
     # Differentiated from outside, through shard_map: that adds the gradients' collectives, none is written.
     value_and_grad = jax.value_and_grad(on_mesh(loss_fn, config, mesh, fsdp))
     rows, n, placed = mesh.shape["data"], accumulate, NamedSharding(mesh, P(None, "data"))
+    # [B,...] -> [n,B/n,...]: each device cuts its own rows, nothing moves
     cut = lambda x: x.reshape(rows, n, -1, *x.shape[1:]).swapaxes(0, 1).reshape(n, -1, *x.shape[1:])
 
     def step(params, opt_state, images, labels, key):

@@ -29,7 +29,8 @@ MARK = "# same in every file"
 ARRAYS = {"images", "x", "q", "k", "v", "logits", "labels", "maps", "tokens"}  # arguments that have a shape
 SHAPE = re.compile(r"\[(\.\.\.|[^]]*[A-Z])[^]]*\]")  # [B,T,D] or [...], but not the range [-1, 1]
 PACKAGES = {"jax", "numpy", "optax"}
-DEMO_FLAGS = {}  # file -> what its two steps need besides the usual flags, as {"moe": "--experts 4"}
+# file -> what its two steps need besides the usual flags; a demo on text reads its own source
+DEMO_FLAGS = {"memeff_attention": "--data memeff_attention.py --context 64 --longest 8"}
 
 
 def silent(complaints):

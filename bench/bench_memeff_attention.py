@@ -61,8 +61,9 @@ was written. Tiles are queries x keys.
 
 A product of [2048,64] and [64,512] called by itself reached 159 GFLOP/s, its counterpart with v 166, one of
 [2048,2048] 183 to 208. So the products alone are 79 % of the best forward pass, and 1.4 times torch's speed,
-about 155 ms, would be faster than they are. Other runs of this script on the same day gave 3.6 times the speed of
-plain jnp and 0.95 to 1.02 times torch's for the first line, 1.12 and 1.55 times torch's with gradient.
+about 155 ms, would be faster than they are. Other runs of this script on the same day gave 3.6 times the
+speed of plain jnp and 0.95 to 1.02 times torch's for the first line, 1.12 and 1.55 times torch's with
+gradient.
 """
 
 # ==== Contenders ============================================================================================

@@ -171,6 +171,7 @@ def by_hand(q, k, v, dout, dlse, *, scale, bias=None, slopes=None, mask=None, se
     results["k"] = share(scale * np.einsum("bhts,bthk->bshk", dscores, q))
     results["v"] = share(np.einsum("bhts,bthv->bshv", weights, dout))
     results["bias"] = None if bias is None else shrink(dscores, np.shape(bias))
+    results["summed"] = None if bias is None else shrink(np.abs(dscores), np.shape(bias)).max()
     results["slopes"] = None if slopes is None else -(dscores * np.abs(i - j) / 16).sum((0, 2, 3))
     return results
 
@@ -245,7 +246,12 @@ def check_case(seed, runs):
             tolerance = 1e-12 if dtype == "float64" else 1e-6
             close(out, want["out"], tolerance)
             close(lse, want["lse"], tolerance)
-            close_gradients([grads[name] for name in moving], [want[name] for name in moving], tolerance)
+            largest = max(np.abs(want[name]).max() for name in moving)
+            for name in moving:
+                # a bias that many scores share: its gradient is a sum of terms that cancel, 1.9e-6 of the
+                # largest gradient was seen for one number that is added to all of 8,174 scores
+                terms = want["summed"] if name == "bias" else 0
+                close(grads[name], want[name], tolerance, max(largest, terms))
 
 
 # ==== Claims ================================================================================================

@@ -224,7 +224,7 @@ def backward_tiles(plan: Plan, saved, cotangents):
     are [...,s,t] here: a CPU multiplies fastest where the left side's last axis is summed."""
     ((q, k, v, *rest), out, lse), (dout, dlse), (t, s) = saved, cotangents, plan.chunks[1]
     bias, *_, bias_params = rest
-    dout = lax.optimization_barrier(dout)  # where it is constant, XLA on a CPU errs in (x @ dout).sum()
+    q, dout = lax.optimization_barrier((q, dout))  # XLA on a CPU errs in (x @ ones).sum(): hide constants
     delta = flip(jnp.where(lse > -jnp.inf, (out * dout).sum(-1, keepdims=True) - dlse, 0))  # [...,1,T]
     lse, k_t = flip(jnp.where(lse > -jnp.inf, lse, -LEAST)), flip(k)
 

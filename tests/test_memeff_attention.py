@@ -348,6 +348,7 @@ RINGS = [
 ]
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("n, options", RINGS)
 def test_c5_ring_gives_the_values_and_gradients_of_one_device(n, options, monkeypatch):
     """Grouped heads; 48 tokens over 8 and 4 devices, head by head on 4; by hand in float64."""
@@ -369,6 +370,7 @@ def test_c5_ring_gives_the_values_and_gradients_of_one_device(n, options, monkey
     close_gradients(grads, [want[name] for name in "qkv"], 1e-6)
 
 
+@pytest.mark.usefixtures("quick")
 def test_c5_ring_returns_lse_whose_cotangent_counts():
     shapes = {
         "q": (1, 16, 2, 4),
@@ -441,6 +443,7 @@ def test_c5_zigzag_gives_all_devices_the_same_work():
         assert most - diagonal == 3 * whole * (0.5 if zigzag else 1)
 
 
+@pytest.mark.usefixtures("quick")
 def test_c6_parts_merge_in_any_split_and_order():
     """Sec. 2: sums and sums of values can be kept apart and added later."""
     shapes = {
@@ -535,6 +538,7 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(implementation):
     assert all(bool(jnp.isfinite(x).all()) for x in (out, dq, dk, dv))
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_bias_of_minus_infinity_hides_a_key_as_a_mask_does():
     arrays = fill({"q": (1, 6, 2, 4), "k": (1, 5, 2, 4), "v": (1, 5, 2, 4)}, "float32", 0)
     mask = np.random.default_rng(0).random((6, 5)) < 0.5
@@ -565,6 +569,7 @@ def test_second_derivatives_by_reverse_over_reverse_and_forward_mode_is_refused(
         jax.jvp(lambda q: chunked(q, k, v), (q,), (q,))
 
 
+@pytest.mark.usefixtures("quick")
 def test_bias_params_are_an_argument_and_take_their_gradient_under_jit():
     """A table of relative positions, as of T5, beside a numpy gather; all heads at once."""
     arrays = fill({"q": (2, 9, 2, 4), "k": (2, 9, 2, 4), "v": (2, 9, 2, 4), "table": (2, 17)}, "float32", 3)
@@ -639,6 +644,7 @@ def test_bfloat16_is_computed_in_float32():
 # ==== Cache =================================================================================================
 
 
+@pytest.mark.usefixtures("quick")
 def test_decoding_token_by_token_equals_causal_attention_with_rows_of_any_length():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 7, n, 4)).astype("float32") for n in (4, 2, 2))
@@ -672,6 +678,7 @@ def test_a_full_cache_is_refused_or_flagged_and_left_as_it_is():
     assert not after["k"][0].any() and after["k"][1, 2].all() and not after["k"][1, :2].any()
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_window_over_the_cache():
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, 6, 2, 4)).astype("float32") for _ in range(3))
@@ -699,6 +706,7 @@ FLASH = [  # T, S, H, G, K, V, options
 ]
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("T, S, H, G, K, V, options", FLASH)
 def test_flash_kernels_equal_the_definition_value_and_gradient(T, S, H, G, K, V, options):
     shapes = {
@@ -788,6 +796,7 @@ def data_mesh(n):
     return jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
 
 
+@pytest.mark.usefixtures("quick")
 def test_attention_inside_shard_map_with_a_replicated_bias():
     """check_vma is on; the gradient of the bias is summed over the devices that hold copies of it."""
     shapes = {

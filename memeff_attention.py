@@ -226,17 +226,17 @@ def backward_tiles(plan: Plan, saved, cotangents):
     bias, *_, bias_params = rest
     q, dout = lax.optimization_barrier((q, dout))  # XLA on a CPU errs in (x @ ones).sum(): hide constants
     delta = flip(jnp.where(lse > -jnp.inf, (out * dout).sum(-1, keepdims=True) - dlse, 0))  # [...,1,T]
-    lse, k_t = flip(jnp.where(lse > -jnp.inf, lse, -LEAST)), flip(k)
+    lse, k_flipped = flip(jnp.where(lse > -jnp.inf, lse, -LEAST)), flip(k)
 
     def add_tile(grads, row, key, bias_, see):
-        dq_t, dk, dv, dbias, dparams = grads
+        dq_flipped, dk, dv, dbias, dparams = grads
         q_, k_, v_ = (at_least_float32(cut(*x, -2)) for x in ((q, row, t), (k, key, s), (v, key, s)))
-        dout_, k_t_ = cut(dout, row, t, -2), at_least_float32(cut(k_t, key, s, -1))
+        dout_, k_flipped_ = cut(dout, row, t, -2), at_least_float32(cut(k_flipped, key, s, -1))
         scores = k_ @ flip(plan.scale * q_) + flip(bias_)
         scores = scores if see is None else jnp.where(flip(see), scores, -jnp.inf)
         weights = jnp.exp(scores - cut(lse, row, t, -1))
         dscores = weights * (v_ @ flip(dout_) - cut(delta, row, t, -1))
-        dq_t = add_at(dq_t, k_t_ @ dscores, 0, row)
+        dq_flipped = add_at(dq_flipped, k_flipped_ @ dscores, 0, row)
         dk, dv = add_at(dk, dscores @ q_, key, 0), add_at(dv, weights @ dout_, key, 0)
         if bias is not None:
             dbias = add_at(dbias, flip(dscores), row, key)  # a start beyond an axis of 1 is 0
@@ -245,14 +245,14 @@ def backward_tiles(plan: Plan, saved, cotangents):
             value, pull = jax.vjp(lambda params: plan.bias_fn(params, *positions), bias_params)
             (more,) = pull(flip(dscores).reshape(-1, *value.shape).sum(0).astype(value.dtype))
             dparams = jax.tree.map(jnp.add, dparams, more)
-        return dq_t, dk, dv, dbias, dparams
+        return dq_flipped, dk, dv, dbias, dparams
 
     inputs = flip(q), k, v, bias, bias_params
     grads = jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), inputs)
-    dq_t, dk, *others = scan_tiles(plan, t, s, add_tile, grads, q, k, *rest)
-    grads = plan.scale * dq_t, plan.scale * dk, *others
-    dq_t, dk, dv, dbias, dparams = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs)
-    return flip(dq_t), dk, dv, dbias, None, None, None, dparams
+    dq_flipped, dk, *others = scan_tiles(plan, t, s, add_tile, grads, q, k, *rest)
+    grads = plan.scale * dq_flipped, plan.scale * dk, *others
+    dq_flipped, dk, dv, dbias, dparams = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs)
+    return flip(dq_flipped), dk, dv, dbias, None, None, None, dparams
 
 
 attend = jax.custom_vjp(forward_tiles, nondiff_argnums=(0,))  # jax.grad of jax.grad works, jax.jvp is refused
@@ -291,10 +291,10 @@ def attend_xla(plan: Plan, x: Arrays):
     q, k, v = (a.swapaxes(1, 2) for a in x[:3])
     k, v = map(at_least_float32, (k, v)) if R > 1 else (k, v)  # their gradients are sums over heads
     split = lambda a: a.reshape(len(a), *((G, R) if a.shape[1] == G * R else (1, 1)), *a.shape[2:])
-    arrays = dict(zip(Arrays._fields[3:7], x[3:7])) | {"q": q}  # [B|1,H|1,...]
-    arrays = {name: split(a) for name, a in arrays.items() if a is not None}  # [B|1,G|1,R|1,...]
-    arrays |= {"k": k[:, :, None], "v": v[:, :, None]}
-    function = lambda arrays: attend(plan, *map(arrays.get, Arrays._fields[:7]), x.bias_params)
+    names = "q", "bias", "mask", "q_segments", "kv_segments"
+    arrays = {name: a for name, a in x._replace(q=q)._asdict().items() if name in names and a is not None}
+    arrays = {name: split(a) for name, a in arrays.items()} | {"k": k[:, :, None], "v": v[:, :, None]}
+    function = lambda a: attend(plan, *(a.get(name) for name in Arrays._fields[:-1]), x.bias_params)
     out, lse = over_heads(plan, function, arrays)
     return out.reshape(B, G * R, T, -1).swapaxes(1, 2).astype(x.q.dtype), lse.reshape(B, G * R, T)
 
@@ -311,9 +311,8 @@ def chunk_sizes(q, k, plan: Plan, q_chunk=None, kv_chunk=None):
 
 def check(plan: Plan, x: Arrays, q_chunk, kv_chunk):
     """ValueError for arrays [...] or numbers that do not go together."""
-    shapes = f"q {np.shape(x.q)}, k {np.shape(x.k)}, v {np.shape(x.v)}"
-    fits = np.ndim(x.q) == np.ndim(x.k) == np.ndim(x.v) == 4
-    require(fits, f"{shapes} are not all [batch,length,heads,size]")
+    shapes = f"q {x.q.shape}, k {x.k.shape}, v {x.v.shape}"
+    require(x.q.ndim == x.k.ndim == x.v.ndim == 4, f"{shapes} are not all [batch,length,heads,size]")
     (B, T, H, K), (S, G) = x.q.shape, x.k.shape[1:3]
     fits = x.k.shape == (B, S, G, K) and x.v.shape[:3] == (B, S, G) and 0 not in (*x.q.shape, *x.k.shape)
     require(fits and x.v.shape[3], f"{shapes} are not [B,T,H,K], [B,S,G,K], [B,S,G,V] without a zero")
@@ -359,19 +358,19 @@ def attention(
     return_lse    also log(sum(exp(scores))), natural, [B,H,T], -inf for a query that sees nothing
     implementation   xla and reference (the definition) take everything; pallas takes q, k, v, causal, window,
                   query_offset, scale, return_lse; cudnn takes q, k, v, causal, window, scale
-    A score below -1e30 counts as not seen. Call it under jit: numbers are static. Products: JAX's precision,
-    default TF32 on a GPU. NotImplementedError for what an implementation does not take, ValueError for what
-    does not fit. In float64 on a CPU use axis B, not jax.vmap: there XLA (0.10.2, 0.12.0.1) errs in lse."""
+    A score below -1e30 counts as not seen. Call it under jit; numbers are static. A GPU multiplies float32
+    as TF32 unless JAX is told otherwise. NotImplementedError for what an implementation does not take, else
+    ValueError. In float64 on a CPU use axis B, not jax.vmap: XLA then errs in lse (JAX 0.10.2, 0.12.0.1)."""
     require(implementation in ATTENTION, f"implementation={implementation!r} is none of {[*ATTENTION]}")
     four = lambda a: a if a is None else jnp.asarray(a)[(None,) * (4 - np.ndim(a))]
     row = lambda a: a if a is None else jnp.asarray(a)[:, None]
     q, k, v = map(jnp.asarray, (q, k, v))
     x = Arrays(q, k, v, four(bias), four(mask), row(q_segments), row(kv_segments), bias_params)
-    scale = np.shape(q)[-1] ** -0.5 if scale is None else float(scale)
-    plan = Plan(scale, causal, window, query_offset, bias_fn, None, None, return_lse)
+    plan = Plan(None, causal, window, query_offset, bias_fn, None, None, return_lse)
     check(plan, x, q_chunk, kv_chunk)
     groups, chunks = (k.shape[2], q.shape[2] // k.shape[2]), chunk_sizes(q, k, plan, q_chunk, kv_chunk)
-    out, lse = ATTENTION[implementation](plan._replace(groups=groups, chunks=chunks), x)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    out, lse = ATTENTION[implementation](plan._replace(scale=scale, groups=groups, chunks=chunks), x)
     return (out, lse) if return_lse else out
 
 
@@ -464,7 +463,7 @@ def flash_call(kernel, plan: Plan, length, inputs, sizes):
 def pad_tiles(x, length):
     """x [B,H,n,K] with zeros to whole tiles of at least length, and K to a power of two, as Triton asks."""
     rows, K = -(-max(length, x.shape[2]) // TILE) * TILE, x.shape[3]
-    size = K if K == 1 else max(16, pl.next_power_of_2(K))
+    size = K if K == 1 else max(16, pl.next_power_of_2(K))  # 1: lse and delta, which no product reads
     return jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, size - K)))
 
 
@@ -481,8 +480,7 @@ def flash_backward(plan: Plan, saved, cotangents):
     delta = jnp.where(lse > -jnp.inf, (out * dout).sum(-1, keepdims=True) - dlse, 0)
     lse = jnp.where(lse > -jnp.inf, lse, -LEAST)
     inputs = [pad_tiles(x, n) for x in (q, k, v, dout.astype(q.dtype), lse, delta)]
-    sizes = [x.shape[3] for x in inputs[:3]]
-    grads = flash_call(flash_backward_kernel, plan, k.shape[2], inputs, sizes)
+    grads = flash_call(flash_backward_kernel, plan, k.shape[2], inputs, [x.shape[3] for x in inputs[:3]])
     total = lambda g, x: g.reshape(*x.shape[:2], -1, *g.shape[2:]).sum(2)  # over the heads that share x
     crop = lambda g, x: total(g, x)[:, :, : x.shape[2], : x.shape[3]].astype(x.dtype)
     return tuple(map(crop, grads, (q, k, v)))
@@ -602,8 +600,9 @@ def temporary(function, *arrays):
 
 def train_on_text(args):
     """Trains on a text -> bits per byte of what was held out, or NaN. ValueError for a flag that is wrong."""
-    for name in ("steps", "batch", "context"):
-        require(getattr(args, name) >= 1, f"--{name} {getattr(args, name)} is not at least 1")
+    for name, n in (("steps", args.steps), ("batch", args.batch), ("context", args.context)):
+        require(n >= 1, f"--{name} {n} is not at least 1")
+    require(8 <= args.longest <= 16, f"--longest {args.longest} is not from 8 to 16")
     (text, held), T, out = load_text(args.data), args.context, pathlib.Path(args.out)
     require(re.fullmatch(r"data=[1-9]\d*", args.mesh), f"--mesh {args.mesh} is not of the form data=4")
     devices = int(args.mesh[5:])
@@ -683,11 +682,12 @@ def draw_memory(path, rows):
         return print("no figure without matplotlib: pip install matplotlib")
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, name in enumerate(("plain, inference", "ours, inference", "plain, gradient", "ours, gradient")):
-        sizes, style = [row[i][0] for row in rows.values()], f"C{i // 2}{'-' if i % 2 else '--'}o"
-        ax.loglog(list(rows), sizes, style, label=name, base=2)
-    for i, saving in ((0, 59), (2, 32)) if 2**14 in rows else ():
-        ax.plot(2**14, rows[2**14][i][0] / saving, f"C{i // 2}*", ms=15, label=f"plain / {saving} (abstract)")
-    ax.set(xlabel="n, queries and keys (one head of 64, bfloat16)", ylabel="temporary bytes")
+        sizes, style = [row[i][0] / 1e6 for row in rows.values()], f"C{i // 2}{'-' if i % 2 else '--'}o"
+        ax.plot(list(rows), sizes, style, label=name)
+    for i, n in ((0, 59), (2, 32)) if 2**14 in rows else ():
+        ax.plot(2**14, rows[2**14][i][0] / 1e6 / n, f"C{i // 2}*", ms=15, label=f"plain / {n} (abstract)")
+    ax.set(xlabel="n (one head of 64, bfloat16)", ylabel="temporary memory, MB", yscale="log")
+    ax.set_xscale("log", base=2)
     ax.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

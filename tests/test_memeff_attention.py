@@ -641,6 +641,14 @@ def test_bfloat16_is_computed_in_float32():
     assert (error <= 2.0**-8 * np.abs(want["out"]) + 1e-6).all()  # rounded once
 
 
+def test_numpy_arrays_of_float64_meet_a_jax_array():
+    """As from a loader: without x64 they become float32 like the queries, under grad too."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 5, 2, 4)) for _ in range(3))
+    got = jax.jit(jax.grad(lambda q: memeff.attention(q, k, v).sum()))(jnp.asarray(q, "float32"))
+    close(got, by_hand(q, k, v, np.ones((1, 5, 2, 4)), np.zeros((1, 2, 5)), scale=0.5)["q"], 1e-6)
+
+
 # ==== Cache =================================================================================================
 
 
@@ -1026,7 +1034,7 @@ def test_demo_counts_every_held_out_byte_once():
 
 @pytest.mark.usefixtures("quick")
 def test_demo_stops_at_a_loss_that_is_not_finite(text, tmp_path, capsys):
-    flags = ["--data", text, "--steps", "4", "--context", "16", "--longest", "7", "--learning-rate", "1e38"]
+    flags = ["--data", text, "--steps", "4", "--context", "16", "--longest", "8", "--learning-rate", "1e38"]
     assert memeff.main([*flags, "--out", str(tmp_path / "figure.png")]) == 1
     assert re.search(r"step \d: the loss is (nan|inf); stopped", capsys.readouterr().out)
 
@@ -1034,9 +1042,9 @@ def test_demo_stops_at_a_loss_that_is_not_finite(text, tmp_path, capsys):
 def test_demo_above_its_limit_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(memeff, "train_on_text", lambda args: memeff.MOST + 0.01)
     monkeypatch.setattr(memeff, "draw_memory", lambda *args: None)
-    assert memeff.main(["--longest", "7"]) == 1
+    assert memeff.main(["--longest", "8"]) == 1
     monkeypatch.setattr(memeff, "train_on_text", lambda args: memeff.MOST - 0.01)
-    assert memeff.main(["--longest", "7"]) == 0
+    assert memeff.main(["--longest", "8"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -1055,6 +1063,7 @@ def test_demo_above_its_limit_fails(monkeypatch, tmp_path):
         (["--data", "nothing.gz"], "--data nothing.gz is no readable text, plain or .gz"),
         (["--data", str(ROOT / "README.md"), "--context", "100000"], "bytes are few for --context 100000"),
         (["--length", "0"], "--length 0 is not at least 1"),
+        (["--longest", "40"], "--longest 40 is not from 8 to 16"),
     ],
 )
 def test_demo_refuses_in_one_line(flags, message, capsys):

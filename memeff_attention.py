@@ -301,7 +301,7 @@ def attend_xla(plan: Plan, x: Arrays):
 
 def chunk_sizes(q, k, plan: Plan, q_chunk=None, kv_chunk=None):
     """(t, s) of the forward and of the backward pass. q [B,T,H,K], k [B,S,G,K]."""
-    sizes = ((1024, 512), (512, 1024)) if plan.causal else ((2048, 512), (512, 4096))  # fastest on two cores
+    sizes = ((1024, 512), (512, 1024)) if plan.causal else ((2048, 512), (512, 2048))  # fastest on two cores
     at_once = 1 if jax.default_backend() == "cpu" else len(q) * q.shape[2]  # heads, as in over_heads
     limit = max(64, min(2**17 // at_once, max(plan.window or 2**17, 128)))  # what a window hides is wasted
     even = lambda n, most: -(-n // (64 * -(-n // min(most, limit)))) * 64  # as few chunks, of one length
@@ -353,7 +353,7 @@ def attention(
     bias_fn       bias_fn(bias_params, positions, keys) -> [H,t,s]: a bias that is no array. int [t] i +
                   query_offset, int [s]; differentiable in bias_params, a tree of floats, and in nothing else
     scale         1 / sqrt(K) by default
-    q_chunk       t; kv_chunk is s. By default 2,048 and 512, backward 512 and 4,096 (causal: 1,024 and 512,
+    q_chunk       t; kv_chunk is s. By default 2,048 and 512, backward 512 and 2,048 (causal: 1,024 and 512,
                   512 and 1,024), about the window if less, evened out. Smaller ones need less memory
     return_lse    also log(sum(exp(scores))), natural, [B,H,T], -inf for a query that sees nothing
     implementation   xla and reference (the definition) take everything; pallas takes q, k, v, causal, window,

@@ -503,7 +503,7 @@ def test_default_chunks_are_those_of_the_docstring():
     x = lambda n: np.zeros((1, n, 1, 1))
     plan = memeff.Plan(1.0, False, None, 0, None, None, None, False)
     causal, window = plan._replace(causal=True), plan._replace(causal=True, window=256)
-    assert memeff.chunk_sizes(x(8192), x(8192), plan) == ((2048, 512), (512, 4096))
+    assert memeff.chunk_sizes(x(8192), x(8192), plan) == ((2048, 512), (512, 2048))
     assert memeff.chunk_sizes(x(8192), x(8192), causal) == ((1024, 512), (512, 1024))
     assert memeff.chunk_sizes(x(8192), x(8192), window) == ((256, 256), (256, 256))
     assert memeff.chunk_sizes(x(100), x(7), plan) == ((100, 7), (100, 7))
@@ -1114,12 +1114,14 @@ def test_without_matplotlib_one_line_says_so(monkeypatch, capsys):
 def test_example_runs_and_refuses(text, capsys):
     assert long_context.main(["--devices", "2", "--length", "64", "--data", text]) == 0
     assert capsys.readouterr().out.count("12 ppermutes") == 2
-    nan = lambda *qkv, **options: np.nan * qkv[0]
+    right = long_context.ring_attention
+    nan = lambda q, *kv, **options: right(q, *kv, **options) + jnp.sqrt(0 * q)  # in the gradient of q alone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(long_context, "ring_attention", nan)
         assert long_context.main(["--devices", "2", "--length", "64", "--data", text]) == 1
     for flags, message in (
         (["--devices", "8", "--length", "30"], "length 30 is not a positive multiple of 2 x 8 devices"),
+        (["--devices", "8", "--length", "0"], "length 0 is not a positive multiple of 2 x 8 devices"),
         (["--devices", "64", "--length", "128"], "--devices 64 are more than 8"),
         (["--data", "nothing"], "is no readable text"),
     ):

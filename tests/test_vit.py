@@ -437,7 +437,7 @@ def test_c2_without_positions_the_encoder_commutes_with_permutations(position, c
     patches = np.asarray(vit.patchify(images, (4, 4)))[:, order]  # [B,T,h,w,C]
     shuffled = patches.reshape(2, 2, 3, 4, 4, 3).swapaxes(2, 3).reshape(images.shape)
     run = jax.jit(lambda x: vit.features(params, x, config))
-    error = float(abs(run(images)[:, order] - run(shuffled)).max())
+    error = np.abs(run(images)[:, order] - run(shuffled)).max()  # jnp's max loses a NaN on a CPU
     assert error < 1e-5 if commutes else error > 0.1
 
 

@@ -57,7 +57,7 @@ A later day, with its own floor: what the same loop takes if it holds nothing bu
 | forward pass | ms |
 | --- | --- |
 | as it is, tiles of 2,048 x 512 | 231 (least 220) |
-| heads taken by their index inside the loop, none transposed: 9 instead of 34 MB, 30 lines more | 227 (least 211) |
+| heads taken by index in the loop, none transposed: 9 MB instead of 34, 30 lines more | 227 (least 211) |
 | that, and no running maximum, which is wrong for large scores | 206 to 242 (least 203) |
 | nothing but the products, 2,048 x 512 | 182 (least 177) |
 | nothing but the products, 4,096 x 256 | 176 (least 170) |
@@ -76,7 +76,7 @@ A later day, with its own floor: what the same loop takes if it holds nothing bu
 
 A product of [2048,64] and [64,512] called by itself reached 159 GFLOP/s, its counterpart with v 166, one of
 [2048,2048] 183 to 208. So the products alone are 79 % of the best forward pass, and 1.4 times torch's speed,
-about 155 ms, would be faster than they are. Other runs of this script on the same day gave 3.6 times the
+about 155 ms, would be faster than they are. Other runs of this script on the first day gave 3.6 times the
 speed of plain jnp and 0.95 to 1.02 times torch's for the first line, 1.12 and 1.55 times torch's with
 gradient.
 """

@@ -583,7 +583,7 @@ def make_train_step(config: Config, optimizer, mesh):
 EXPECTED, MOST = 2.71, 2.85  # bits per byte of held-out text, with the default flags
 
 
-def load_text(path):
+def load_text(path):  # same in every file
     """Bytes of a text, plain or .gz: uint8 [n], all but the last twentieth, and that. Or ValueError."""
     try:
         text = (gzip.decompress if str(path).endswith(".gz") else bytes)(pathlib.Path(path).read_bytes())

@@ -31,6 +31,7 @@ SHAPE = re.compile(r"\[(\.\.\.|[^]]*[A-Z])[^]]*\]")  # [B,T,D] or [...], but not
 PACKAGES = {"jax", "numpy", "optax"}
 # file -> what its two steps need besides the usual flags; a demo on text reads its own source
 DEMO_FLAGS = {"memeff_attention": "--data memeff_attention.py --context 64 --longest 8"}
+DEMO_FLAGS["amos"] = "--data amos.py --steps 10 --adamw 0.01 --amos 0.05"
 
 
 def silent(complaints):

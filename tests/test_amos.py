@@ -441,7 +441,8 @@ def test_bfloat16_keeps_float32_slots_that_move_and_its_state_keeps_its_types(ra
     exact = steps_of(
         optimizer, *(jax.tree.map(lambda x: x.astype(jnp.float32), t) for t in (params, grads)), 3
     )[1]
-    close(amos_state(after).v, amos_state(exact).v, 1e-5)
+    for got, wanted in zip(jax.tree.leaves(amos_state(after).v), jax.tree.leaves(amos_state(exact).v)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5)
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float16), params)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(steps_of(amos.amos(0.1, 1.0), zeros, zeros)[0]))
 
@@ -506,11 +507,56 @@ def test_eta_as_a_number_a_tree_and_a_function_are_one():
     )  # a bare array has no path
 
 
+def test_a_rule_names_the_end_of_a_path_and_whole_parts_of_it():
+    eta = amos.eta_rules()
+    for path in (("kernel", "x"), ("prekernel",), ("kernel_extra",), ("a", "my_bias")):
+        with pytest.raises(ValueError, match=f"no rule names {'/'.join(path)} "):
+            eta(path, (3, 4))
+    assert eta(("kernel",), (4, 9)) == 0.5  # without anything before it
+    assert eta(("blocks", "x", "kernel"), (7, 4, 9)) == 0.5  # layers are stacked there
+    assert amos.slot_rules()(("blocks", "x", "bias"), (7, 4)) == (7, 1)
+    assert amos.slot_rules(stacked=None)(("blocks", "x", "bias"), (7, 4)) == ()
+
+
+# ==== Model =================================================================================================
+
+
+def test_layer_norm_has_mean_0_and_variance_1():
+    x = jax.random.normal(jax.random.key(0), (3, 64)) * 5 + 7
+    y = np.asarray(amos.layer_norm(x, {"scale": jnp.ones(64), "bias": jnp.zeros(64)}), np.float64)
+    np.testing.assert_allclose(y.mean(-1), 0, atol=1e-6)
+    np.testing.assert_allclose(y.var(-1), 1, atol=1e-5)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_embedding_sees_both_neighbours_and_attention_all():
+    params = amos.init_params(jax.random.key(0), TINY)
+    deaf = jax.tree.map(jnp.copy, params)
+    for name in ("out", "mlp2"):
+        deaf["blocks"][name]["kernel"] *= 0  # what is left is the embedding of each place
+    tokens = np.random.default_rng(0).integers(256, size=(1, 32))
+    other = tokens.copy()
+    other[0, 10] = (tokens[0, 10] + 1) % 256
+    run = jax.jit(lambda params, tokens: amos.forward(params, tokens))
+    changed = lambda params: np.flatnonzero(
+        np.any(run(params, tokens) != run(params, other), (0, 2))
+    ).tolist()
+    assert changed(deaf) == [9, 10, 11] and changed(params) == list(range(32))
+
+
 # ==== Sharding ==============================================================================================
 
 SPECS = {"kernel": P("data", "model"), "table": P(("data", "model")), "full": P(None, "model")}
-SPECS |= {"bias": P("model"), "scale": P(), "thin": P("data", "model")}
-SLOTS = {"kernel": (1, 16), "table": (16, 1), "full": (8, 8), "bias": (), "scale": (), "thin": (1, 1)}
+SPECS |= {"bias": P("model"), "scale": P(), "thin": P("data", "model"), "vector": P(("data", "model"))}
+SLOTS = {
+    "kernel": (1, 16),
+    "table": (16, 1),
+    "full": (8, 8),
+    "bias": (),
+    "scale": (),
+    "thin": (1, 1),
+    "vector": (),
+}
 
 
 def cut_problem():
@@ -522,6 +568,7 @@ def cut_problem():
         "scale": (8,),
         "thin": (2, 4),
     }
+    sizes["vector"] = (24,)
     params = {k: jax.random.normal(jax.random.key(i), n) for i, (k, n) in enumerate(sizes.items())}
     shape_fn = lambda path, shape: SLOTS[path[0]]
     return params, gradients_of(params), lambda path, shape: shape[0] ** -0.5, shape_fn
@@ -547,7 +594,7 @@ def test_a_step_on_cut_weights_is_that_of_one_device(momentum):
     plain = amos.amos(0.1, eta, shape_fn, momentum=momentum, clip_value=1.0)
     specs = amos.state_specs(plain, params, SPECS, shape_fn)
     slots = amos.slot_specs(params, SPECS, shape_fn)
-    assert slots == SPECS | {"kernel": P(None, "model"), "bias": P(), "thin": P(None, None)}
+    assert slots == SPECS | {"kernel": P(None, "model"), "bias": P(), "thin": P(None, None), "vector": P()}
     cut = put(params, SPECS), put(grads, SPECS)
     got = steps_of(plain, *cut)  # XLA adds what communication it needs
     close(got[0], wanted[0])
@@ -560,9 +607,9 @@ def test_a_step_on_cut_weights_is_that_of_one_device(momentum):
     close(p, wanted[0])
     close(state, wanted[1])
     held = {name: x.addressable_shards[0].data.size for name, x in amos_state(state).v.items()}
-    assert held == {"kernel": 4, "table": 2, "full": 16, "bias": 1, "scale": 1, "thin": 1}
-    # kernel over data, bias over model, thin over both at once; table and full: every slot is on one device
-    assert psums(jax.make_jaxpr(update)(g, state, p).jaxpr) == 3
+    assert held == {"kernel": 4, "table": 2, "full": 16, "bias": 1, "scale": 1, "thin": 1, "vector": 1}
+    # kernel over data, bias over model, thin and vector over both; table and full: each slot is on one device
+    assert psums(jax.make_jaxpr(update)(g, state, p).jaxpr) == 4
 
 
 def test_inside_shard_map_it_asks_for_the_whole_shapes():
@@ -581,11 +628,12 @@ def test_train_step_on_a_mesh_is_that_of_one_device_and_compiles_once(moby):
         mesh = jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
         params = jax.device_put(amos.init_params(jax.random.key(0), TINY), NamedSharding(mesh, P()))
         state = jax.device_put(make(0.05).init(params), NamedSharding(mesh, P()))
-        step = amos.make_train_step(make, mesh)
+        step, placed = amos.make_train_step(make, mesh), (params, state)
         for i in range(2):
             batch = jax.device_put(amos.hide(moby[0], i, 8, 32), NamedSharding(mesh, P("data")))
             params, state, loss = step(params, state, *batch, 0.05)
         assert step._cache_size() == 1
+        assert all(x.is_deleted() for x in jax.tree.leaves(placed))  # donated
         results.append((params, float(loss)))
     (one, loss), (four, other) = results
     close(jax.tree.map(np.asarray, four), jax.tree.map(np.asarray, one), 2e-5)
@@ -684,6 +732,15 @@ def test_demo_runs_resumes_and_draws(text, tmp_path, capsys, monkeypatch):
     losses = lambda printed: re.findall(r"(Amos [\d.]+: held-out loss [\d.]+)", printed)
     assert losses(again) == losses(first) and len(losses(again)) == 2 and "AdamW 0.01:" not in again
     assert "no figure without matplotlib" in again and again.splitlines()[-1] == first.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_tells_of_a_loss_that_is_not_finite(text, tmp_path, capsys, monkeypatch):
+    nan = lambda rate, steps: optax.chain(optax.scale(jnp.nan))
+    monkeypatch.setitem(amos.OPTIMIZERS, "Amos", nan)
+    assert amos.main([*FLAGS[:-1], "0.05", "--data", text, "--out", str(tmp_path / "x.png")]) == 1
+    printed = capsys.readouterr().out
+    assert "Amos 0.05, step 2: the loss is nan; stopped" in printed and "got nan nats" in printed
 
 
 @pytest.mark.parametrize(

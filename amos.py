@@ -434,6 +434,8 @@ def restore(arrays, like, rename=lambda name: name):
     new = []
     for name, leaf in leaves.items():
         found = arrays.get(rename(name))
+        if found is not None and found.dtype.kind == "V":  # bfloat16 is read as raw bytes
+            found = found.view(leaf.dtype)
         if found is None or np.shape(found) == leaf.shape:
             report["missing" if found is None else "taken"].append(name)
             new.append(leaf if found is None else jnp.asarray(found, leaf.dtype))

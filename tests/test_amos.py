@@ -663,6 +663,8 @@ def test_restore_takes_what_fits_and_tells():
     assert report == {"taken": ["same"], "resized": ["table"], "missing": ["new"], "unused": ["old/gone"]}
     assert tree["table"].sum() == 12 and tree["table"][:3].all() and tree["same"].dtype == jnp.bfloat16
     close(tree["new"], like["new"], 0)
+    raw = {"same": np.asarray(jnp.ones(3, jnp.bfloat16)).view("V2")}  # as numpy reads what save_state wrote
+    assert amos.restore(raw, like)[0]["same"].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match=r"table \(5, 4\) cannot take table \(5,\): another rank"):
         amos.restore({"table": np.ones(5)}, like)
 

@@ -587,7 +587,7 @@ def load_text(path):  # same in every file
     """Bytes of a text, plain or .gz: uint8 [n], all but the last twentieth, and that. Or ValueError."""
     try:
         text = (gzip.decompress if str(path).endswith(".gz") else bytes)(pathlib.Path(path).read_bytes())
-    except (OSError, EOFError) as error:
+    except Exception as error:  # OSError, EOFError, zlib.error
         raise ValueError(f"--data {path} is no readable text, plain or .gz: {error}") from None
     return np.split(np.frombuffer(text, np.uint8), [len(text) - len(text) // 20])
 

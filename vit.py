@@ -579,6 +579,9 @@ def load_state(path, like, flags):  # same in every file
     for name, value in flags.items():
         require(saved.get(name) == value, f"{path} was made with {name}={saved.get(name)}, not {value}")
     check_names(arrays, wanted := named_leaves(like), path)
+    for name, leaf in wanted.items():
+        kind = arrays[name].dtype
+        require(kind.kind == "V" or kind == leaf.dtype, f"{path}: {name} is {kind}, should be {leaf.dtype}")
     leaves = [arrays[name].view(leaf.dtype) for name, leaf in wanted.items()]  # bfloat16 is read as raw bytes
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 

@@ -255,22 +255,25 @@ def moby():
 
 
 @pytest.mark.usefixtures("quick")
-def test_c4_with_70_per_cent_of_the_steps_amos_is_where_adamw_is(moby):
+def test_c4_after_70_per_cent_of_the_steps_amos_is_where_adamw_ends(moby):
     """The abstract: better validation loss within 70 % of the steps. Here: masked bytes of Moby Dick, 80
-    steps of AdamW and 56 of Amos, each at the best of its learning rates. Seen: 2.21 and 2.30 nats."""
+    steps, AdamW at the best of 0.01, 0.02 and 0.03, mean of two seeds. Seen: 2.20 nats after 56 steps, 2.32
+    at AdamW's end. So short a run shows what eta is worth; what the decays are, C3 shows."""
     text, held = moby
-    loss, looks = jax.jit(amos.loss_fn), [amos.hide(held, (1, i), 64, 32) for i in range(8)]
+    loss, looks = jax.jit(amos.loss_fn), [amos.hide(held, (1, i), 64, 32) for i in range(4)]
 
-    def last_loss(name, rate, steps):
-        make = functools.partial(amos.OPTIMIZERS[name], steps=steps)
-        step, params = amos.make_train_step(make, one_device()), amos.init_params(jax.random.key(0), TINY)
-        state = make(rate).init(params)
-        for i in range(steps):
-            params, state, _ = step(params, state, *amos.hide(text, (0, i), 32, 32), rate)
-        return np.mean([float(loss(params, *look)) for look in looks])
+    def mean_loss(name, rate, look_after):
+        make, losses = functools.partial(amos.OPTIMIZERS[name], steps=80), []
+        step = amos.make_train_step(make, one_device())
+        for seed in range(2):
+            params = amos.init_params(jax.random.key(seed), TINY)
+            state = make(rate).init(params)
+            for i in range(look_after):
+                params, state, _ = step(params, state, *amos.hide(text, (0, seed, i), 32, 32), rate)
+            losses.append(np.mean([float(loss(params, *look)) for look in looks]))
+        return np.mean(losses)
 
-    ours, theirs = last_loss("Amos", 0.1, 56), last_loss("AdamW", 0.01, 80)
-    assert ours < theirs - 0.03
+    assert mean_loss("Amos", 0.1, 56) < mean_loss("AdamW", 0.03, 80) - 0.05
 
 
 def some_params():
@@ -371,23 +374,34 @@ def test_c6_inject_hyperparams_with_static_arguments():
     grads, static = gradients_of(params), ("eta_fn", "shape_fn", "momentum", "clip_value")
     make = optax.inject_hyperparams(amos.amos, static_args=static)
     optimizer = make(learning_rate=0.1, **RULES, momentum=0.9, clip_value=1.0)
-    got, state, _ = steps_of(optimizer, params, grads)
+    got = steps_of(optimizer, params, grads)[0]
     close(got, steps_of(amos.amos(0.1, **RULES, momentum=0.9, clip_value=1.0), params, grads)[0])
-    state.hyperparams["learning_rate"] = jnp.float32(0)
-    assert jax.tree.all(
-        jax.tree.map(lambda u: bool(jnp.isfinite(u).all()), optimizer.update(grads, state, got)[0])
-    )
+    optimizer, plain = make(learning_rate=0.1, beta=0.9, **RULES), amos.amos(0.3, beta=0.9, **RULES)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for rate in (0.0, 0.3):  # what is set between two steps counts
+        state.hyperparams["learning_rate"] = jnp.float32(rate)
+        wanted = steps_of(plain, params, grads, 1)[2]
+        close(update(grads, state, params)[0], wanted if rate else jax.tree.map(jnp.zeros_like, params))
+    low = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree) for tree in (params, grads)]
+    with pytest.raises(ValueError, match="is bfloat16: use inject_hyperparams.*hyperparam_dtype=jnp.float32"):
+        steps_of(optimizer, *low, 1)
+    typed = optax.inject_hyperparams(amos.amos, static_args=static, hyperparam_dtype=jnp.float32)
+    wanted = steps_of(amos.amos(0.1, **RULES), *low)[0]
+    close(*(jax.tree.map(np.float32, x) for x in (steps_of(typed(0.1, **RULES), *low)[0], wanted)), 1e-2)
 
 
-def test_c6_apply_if_finite_keeps_the_slots():
-    params = some_params()
-    optimizer = optax.apply_if_finite(amos.amos(0.1, **RULES), 3)
+@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
+def test_c6_apply_if_finite_keeps_the_slots(kind):
+    params = jax.tree.map(lambda x: x.astype(kind), some_params())
+    inner = amos.amos(0.1, **RULES, momentum=0.5)
+    optimizer = optax.apply_if_finite(inner, 3)
     state, grads = optimizer.init(params), gradients_of(params)
     broken = jax.tree.map(lambda g: g * np.nan, grads)
     updates, state = jax.jit(optimizer.update)(broken, state, params)
     assert not any(u.any() for u in jax.tree.leaves(updates))
     updates, state = optimizer.update(grads, state, params)
-    close(updates, amos.amos(0.1, **RULES).update(grads, amos.amos(0.1, **RULES).init(params), params)[0])
+    wanted = inner.update(grads, inner.init(params), params)[0]
+    close(*(jax.tree.map(np.float32, x) for x in (updates, wanted)))
 
 
 def test_c6_empty_trees_scalars_zero_gradients_and_empty_leaves():
@@ -399,6 +413,10 @@ def test_c6_empty_trees_scalars_zero_gradients_and_empty_leaves():
     updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     assert not any(np.any(u) for u in jax.tree.leaves(updates)) and state.count == 1
     assert not any(np.any(u) for u in jax.tree.leaves((state.v, state.b)))
+    shared = amos.amos(0.1, amos.eta_rules(), amos.slot_rules())
+    params = {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(3)}
+    updates, state = shared.update(params, shared.init(params), params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
     rows = amos.amos(0.1, 1.0, lambda path, shape: (2, 1))  # a row without gradient is left alone
     w, g = jnp.ones((2, 3)), jnp.array([[1.0, 2, 3], [0, 0, 0]])
     updates, _ = rows.update(g, rows.init(w), w)
@@ -453,6 +471,12 @@ def test_float64_stays_float64():
         optimizer = amos.amos(0.1, 1.0, momentum=0.9)
         updates, state = optimizer.update(w, optimizer.init(w), w)
         assert updates.dtype == state[0].v.dtype == state[1].ema.dtype == jnp.float64
+        w = w.astype(jnp.float32)  # where beta**t is a float64
+        for rate in (0.1, amos.learning_rate_schedule(0.1, 2)):
+            optimizer = amos.amos(rate, 1.0, momentum=0.9)
+            step = lambda state, _, o=optimizer: (o.update(w, state, w)[1], None)
+            state = lax.scan(step, optimizer.init(w), length=2)[0]  # refuses a state that changes its types
+            assert state[0].b.dtype == jnp.float32
 
 
 # ==== Rules =================================================================================================
@@ -497,7 +521,7 @@ def test_eta_as_a_number_a_tree_and_a_function_are_one():
     params = some_params()
     grads, eta = gradients_of(params), jax.tree.map(lambda x: 0.25, params)
     wanted = steps_of(amos.amos(0.1, lambda path, shape: 0.25), params, grads)[0]
-    for other in (0.25, eta):
+    for other in (0.25, np.float32(0.25), jnp.float32(0.25), eta):
         close(steps_of(amos.amos(0.1, other), params, grads)[0], wanted, 0)
     seen = []
     amos.resolve(params, lambda path, shape: seen.append((path, shape)) or 1.0)
@@ -516,6 +540,8 @@ def test_a_rule_names_the_end_of_a_path_and_whole_parts_of_it():
     assert eta(("blocks", "x", "kernel"), (7, 4, 9)) == 0.5  # layers are stacked there
     assert amos.slot_rules()(("blocks", "x", "bias"), (7, 4)) == (7, 1)
     assert amos.slot_rules(stacked=None)(("blocks", "x", "bias"), (7, 4)) == ()
+    assert eta(("params", "blocks", "x", "kernel"), (7, 4, 9)) == 0.5  # as Flax wraps them
+    assert eta(("blocks", "3", "x", "kernel"), (4, 9)) == 0.5  # a list of layers, none stacked
 
 
 # ==== Model =================================================================================================
@@ -654,6 +680,9 @@ def test_state_comes_back_and_must_fit(tmp_path):
         amos.load_state(tmp_path / "x.npz", (params, state), {"steps": 4})
     with pytest.raises(ValueError, match=r"0/embedding is \(5, 4\), should be nothing"):
         amos.load_state(tmp_path / "x.npz", ({"a": params["a"]}, state), {"steps": 3})
+    other = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    with pytest.raises(ValueError, match="0/a/kernel is float32, should be bfloat16"):
+        amos.load_state(tmp_path / "x.npz", (other, state), {"steps": 3})
 
 
 def test_restore_takes_what_fits_and_tells():
@@ -665,6 +694,7 @@ def test_restore_takes_what_fits_and_tells():
     close(tree["new"], like["new"], 0)
     raw = {"same": np.asarray(jnp.ones(3, jnp.bfloat16)).view("V2")}  # as numpy reads what save_state wrote
     assert amos.restore(raw, like)[0]["same"].tolist() == [1, 1, 1]
+    assert amos.restore(raw, {"same": jnp.zeros(3)})[0]["same"].tolist() == [1, 1, 1]
     with pytest.raises(ValueError, match=r"table \(5, 4\) cannot take table \(5,\): another rank"):
         amos.restore({"table": np.ones(5)}, like)
 
@@ -685,6 +715,11 @@ def test_restore_takes_what_fits_and_tells():
         ({"learning_rate": math.inf}, "learning_rate=inf is not"),
         ({"beta": 1.0}, "beta=1.0 is not at least 0 and below 1"),
         ({"d_coef": -1.0}, "d_coef=-1.0 is not"),
+        ({"epsilon": 0.0}, "epsilon=0.0 is not at least 1.17549e-38 and below 1"),
+        ({"learning_rate": np.array(-0.1)}, "learning_rate=-0.1 is not"),
+        ({"momentum": 1.0}, "momentum=1.0 is not below 1"),
+        ({"shapes": {"x": jnp.ones(3)}}, "shapes= and specs= need each other"),
+        ({"shapes": {"x": jnp.ones(3)}, "specs": {"x": P()}}, "shapes= is another tree than the parameters"),
     ],
 )
 def test_amos_refuses_at_init(options, message):
@@ -696,8 +731,19 @@ def test_amos_refuses_integers_and_wants_the_parameters():
     optimizer = amos.amos(0.1, 1.0)
     with pytest.raises(ValueError, match="ids is int32, not a float: see optax.masked"):
         optimizer.init({"ids": jnp.arange(3)})
-    with pytest.raises(ValueError, match="amos needs the parameters: call update"):
+    with pytest.raises(ValueError, match="amos requires the current value of parameters"):
         optimizer.update(jnp.ones(3), optimizer.init(jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"the parameter: a gradient of shape \(1,\) for a parameter \(3,\)"):
+        optimizer.update(jnp.ones(1), optimizer.init(jnp.ones(3)), jnp.ones(3))
+    with pytest.raises(ValueError, match="a is 1.0, not an array"):
+        optimizer.init({"a": 1.0})
+    for options, message in (
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is not at least 0"),
+        ({"learning_rate": 0.1, "warmup": 5, "end": 5}, "end=5 is not after warmup=5"),
+        ({"learning_rate": 0.1, "timescale": 0}, "timescale=0 is not above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            amos.learning_rate_schedule(**options)
     with pytest.raises(ValueError, match="batches=1 is not at least 2"):
         amos.suggest(1)
     with pytest.raises(ValueError, match="width a multiple of heads"):
@@ -714,7 +760,7 @@ def text(tmp_path_factory):
     return str(path)
 
 
-FLAGS = ["--steps", "10", "--batch", "4", "--adamw", "0.01", "--amos", "0.05,0.1"]
+FLAGS = ["--steps", "10", "--batch", "4", "--adamw", "0.01", "--amos", "0.05"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -722,7 +768,7 @@ def test_demo_runs_resumes_and_draws(text, tmp_path, capsys, monkeypatch):
     flags = [*FLAGS, "--data", text, "--out", str(tmp_path / "x.png")]
     assert amos.main(flags) == 0
     first = capsys.readouterr().out
-    assert "; 3 runs" in first and "best rate of Amos" in first and "1.33% of AdamW's" in first
+    assert "; 2 runs" in first and "best rate of Amos" in first and "1.33% of AdamW's" in first
     assert re.search(r"result: .*: got -?\d\.\d{3} nats, expected unknown, at most unknown\n$", first)
     assert (tmp_path / "x.png").stat().st_size > 10_000
     arrays = amos.read_npz(tmp_path / "x.state.npz")
@@ -732,15 +778,16 @@ def test_demo_runs_resumes_and_draws(text, tmp_path, capsys, monkeypatch):
     assert amos.main([*flags, "--resume"]) == 0
     again = capsys.readouterr().out
     losses = lambda printed: re.findall(r"(Amos [\d.]+: held-out loss [\d.]+)", printed)
-    assert losses(again) == losses(first) and len(losses(again)) == 2 and "AdamW 0.01:" not in again
+    assert losses(again) == losses(first) and len(losses(again)) == 1 and "AdamW 0.01:" not in again
     assert "no figure without matplotlib" in again and again.splitlines()[-1] == first.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("quick")
 def test_demo_tells_of_a_loss_that_is_not_finite(text, tmp_path, capsys, monkeypatch):
     nan = lambda rate, steps: optax.chain(optax.scale(jnp.nan))
-    monkeypatch.setitem(amos.OPTIMIZERS, "Amos", nan)
-    assert amos.main([*FLAGS[:-1], "0.05", "--data", text, "--out", str(tmp_path / "x.png")]) == 1
+    for name in amos.OPTIMIZERS:
+        monkeypatch.setitem(amos.OPTIMIZERS, name, nan)
+    assert amos.main([*FLAGS, "--data", text, "--out", str(tmp_path / "x.png")]) == 1
     printed = capsys.readouterr().out
     assert "Amos 0.05, step 2: the loss is nan; stopped" in printed and "got nan nats" in printed
 
@@ -748,7 +795,7 @@ def test_demo_tells_of_a_loss_that_is_not_finite(text, tmp_path, capsys, monkeyp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steps", "9"], "--steps 9 is not at least 10"),
+        (["--steps", "15"], "--steps 15 is not a positive multiple of 10"),
         (["--batch", "0"], "--batch 0 is not at least 1"),
         (["--amos", "0.1,x"], "--amos 0.1,x is not of the form 0.01,0.02"),
         (["--adamw", "0"], "--adamw 0 is not of the form"),

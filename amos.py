@@ -16,7 +16,7 @@ Claims    C1 the official code's steps   C2 slots take 51 % of AdamW's bytes wit
 Checked   google-research/jestimator @ 326824a, amos.py and amos_helper.py: 14 runs of 20 or 30
           steps; parameters within 2.4e-7, updates within 1.8e-7.
 Read      update_leaf, scale_by_amos, amos, TRANSFORMER, resolve, slot_specs, make_update
-Run       python amos.py   70 s on 2 CPU cores: last held-out loss, Amos less AdamW: -0.01 nats, at most 0.03
+Run       python amos.py   84 s on 2 CPU cores: last held-out loss, Amos less AdamW: -0.01 nats, at most 0.03
 Axes      B batch  T tokens  D width  H heads  K head size  F hidden units of MLP  L blocks, stacked
           V tokens there are.  In shard_map B is a size per device.
 """

@@ -1,6 +1,7 @@
 """amos.py against the official code, by hand, and by what the paper claims."""
 
 import functools
+import gzip
 import importlib.util
 import json
 import math
@@ -173,6 +174,11 @@ def test_two_steps_by_hand():
     gamma = c * 0.01 * inverse
     wanted = d * (0.05 * inverse**0.5 - (gamma / 2 + 0.01) * 1.92)
     np.testing.assert_allclose([update, state.v, state.b], [wanted, v, 0.01 + gamma * 1.01], rtol=1e-5)
+
+
+def test_momentum_and_clipping_at_or_below_zero_are_none():
+    for x in (None, 0, -1.0):  # as officially: then the state is bare
+        assert isinstance(amos.amos(0.1, 1.0, momentum=x, clip_value=x).init(jnp.ones(3)), STATE)
 
 
 def test_a_slot_is_a_mean_over_the_axes_that_share_it():
@@ -817,6 +823,15 @@ def test_a_text_too_short_is_refused(tmp_path, capsys):
     (tmp_path / "short").write_bytes(b"x" * 200)
     assert amos.main(["--data", str(tmp_path / "short"), "--out", str(tmp_path / "x.png")]) == 2
     assert "10 held-out bytes are fewer than 65" in capsys.readouterr().err
+
+
+def test_a_damaged_text_is_refused_in_one_line(tmp_path, capsys):
+    data = bytearray(gzip.compress(b"Call me Ishmael. Some years ago " * 100))
+    data[12:20] = b"\xff" * 8  # inside: zlib's own error
+    (tmp_path / "x.gz").write_bytes(data)
+    assert amos.main(["--data", str(tmp_path / "x.gz"), "--out", str(tmp_path / "x.png")]) == 2
+    printed = capsys.readouterr().err
+    assert "x.gz is no readable text" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.usefixtures("quick")

@@ -106,10 +106,8 @@ def resolve_leaf(path, x, eta, shape_fn, spec) -> Leaf:
     fits = slot == () or (len(slot) == len(shape) and all(m in (1, n) for m, n in zip(slot, shape)))
     require(fits, f"{name} {shape}: a slot of shape {slot} is neither () nor, axis by axis, 1 or as long")
     reduced = tuple(i for i, n in enumerate(shape) if slot == () or slot[i] < n)
-    mesh_axes = [
-        axis for i in reduced if i < len(spec) for axis in jax.tree.leaves(spec[i])
-    ]  # spec[i] or parts
-    return Leaf(name, shape, eta, slot, reduced, tuple(mesh_axes))
+    cuts = [spec[i] for i in reduced if i < len(spec)]  # None, a name or a tuple of names each
+    return Leaf(name, shape, eta, slot, reduced, tuple(jax.tree.leaves(cuts)))
 
 
 # ==== The idea: the step is a share of the scale that a weight should have ==================================
@@ -204,16 +202,17 @@ def amos(
     a running mean of the updates (a slot of the parameter's size). momentum, clip_value: None or 0: without.
     The learning rate and the weight decay are in it: do not chain optax.scale or add_decayed_weights."""
     require(not momentum or momentum < 1, f"momentum={momentum} is not below 1")
-    numbers = {"beta": beta, "extra_l2": extra_l2, "d_coef": d_coef, "c_coef": c_coef, "epsilon": epsilon}
-    parts = [optax.clip(clip_value)] if clip_value and clip_value > 0 else []
-    parts.append(scale_by_amos(learning_rate, eta_fn, shape_fn, **numbers, shapes=shapes, specs=specs))
-    mean = optax.ema(momentum, debias=False)  # its first value is 1 - momentum of the first update
-
-    def update(updates, state, params=None):
-        new, state = mean.update(updates, state)
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
-
+    parts, numbers = [], (beta, extra_l2, d_coef, c_coef, epsilon)
+    if clip_value and clip_value > 0:
+        parts.append(optax.clip(clip_value))
+    parts.append(scale_by_amos(learning_rate, eta_fn, shape_fn, *numbers, shapes=shapes, specs=specs))
     if momentum and momentum > 0:
+        mean = optax.ema(momentum, debias=False)  # its first value is 1 - momentum of the first update
+
+        def update(updates, state, params=None):  # a mean in float32 of updates in the gradients' type
+            new, state = mean.update(updates, state)
+            return jax.tree.map(lambda x, old: x.astype(old.dtype), new, updates), state
+
         init = lambda params: mean.init(jax.tree.map(at_least_float32, params))
         parts.append(optax.GradientTransformation(init, update))
     return optax.chain(*parts) if len(parts) > 1 else parts[0]
@@ -316,7 +315,7 @@ def param_table(config: Config) -> dict:
     dense = lambda kernel, bias: {"kernel": (kernel, 0.02), "bias": (bias, 0)}  # 0.02: as BERT
     blocks = {"norm1": norm(L, D), "norm2": norm(L, D)}
     blocks |= {"qkv": dense((L, D, 3, H, D // H), (L, 3, H, D // H)), "out": dense((L, H, D // H, D), (L, D))}
-    blocks |= {"mlp1": dense((L, D, config.mlp), (L, F)), "mlp2": dense((L, F, D), (L, D))}
+    blocks |= {"mlp1": dense((L, D, F), (L, F)), "mlp2": dense((L, F, D), (L, D))}
     ends = {name: {"embedding": ((V, D), 0.02)} for name in ("here", "before", "after")}
     ends |= {"position": ((config.length, D), 0.02)}
     return ends | {"norm": norm(D), "blocks": blocks, "last": norm(D), "head": dense((D, V), (V,))}
@@ -389,8 +388,7 @@ def make_update(optimizer, mesh, param_specs, specs):
     specs, each device at its own part. optimizer: amos(..., shapes=, specs=). One all-reduce for each
     parameter that is cut along an axis which shares a number of v."""
     arguments = {"in_specs": (param_specs, specs, param_specs), "out_specs": (param_specs, specs)}
-    update = lambda gradients, state, params: optimizer.update(gradients, state, params)
-    return jax.jit(jax.shard_map(update, mesh=mesh, **arguments))
+    return jax.jit(jax.shard_map(optimizer.update, mesh=mesh, **arguments))
 
 
 def loss_on_mesh(mesh):
@@ -472,36 +470,32 @@ def restore(arrays, like, rename=lambda name: name):
     new = []
     for name, leaf in leaves.items():
         found = arrays.get(rename(name))
-        if found is not None and found.dtype.kind == "V":  # bfloat16 is read as raw bytes
-            found = found.view(jnp.bfloat16)
-        if found is None or np.shape(found) == leaf.shape:
-            report["missing" if found is None else "taken"].append(name)
-            new.append(leaf if found is None else jnp.asarray(found, leaf.dtype))
+        if found is None:
+            report["missing"].append(name)
+            new.append(leaf)
             continue
-        fits = np.ndim(found) == leaf.ndim
-        require(fits, f"{name} {leaf.shape} cannot take {rename(name)} {np.shape(found)}: another rank")
-        report["resized"].append(name)
+        found = (
+            found.view(jnp.bfloat16) if found.dtype.kind == "V" else found
+        )  # as which numpy reads bfloat16
+        fits = found.ndim == leaf.ndim
+        require(fits, f"{name} {leaf.shape} cannot take {rename(name)} {found.shape}: another rank")
+        report["taken" if found.shape == leaf.shape else "resized"].append(name)
         corner = tuple(slice(min(sizes)) for sizes in zip(found.shape, leaf.shape))
-        new.append(jnp.asarray(leaf).at[corner].set(found[corner]))
+        new.append(jnp.asarray(leaf).at[corner].set(found[corner].astype(leaf.dtype)))
     return jax.tree.unflatten(jax.tree.structure(like), new), report
 
 
 # ==== Demo ==================================================================================================
 EXPECTED, MOST = -0.01, 0.03  # nats, Amos's last held-out loss less AdamW's, with the default flags
 EVERY = 10  # steps between two looks at the held-out text
+rate_of = lambda peak, steps: learning_rate_schedule(peak, steps // 10, steps + 1)
 OPTIMIZERS = {  # one schedule for both, and 0.98 for both means of squared gradients
-    "AdamW": lambda rate, steps: optax.chain(
+    "AdamW": lambda peak, steps: optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.adamw(
-            lambda t: learning_rate_schedule(rate, steps // 10, steps + 1)(t + 1), b2=0.98, weight_decay=0.01
-        ),
+        optax.adamw(lambda t: rate_of(peak, steps)(t + 1), b2=0.98, weight_decay=0.01),  # optax counts from 0
     ),
-    "Amos": lambda rate, steps: amos(
-        learning_rate_schedule(rate, steps // 10, steps + 1),
-        eta_rules(),
-        slot_rules(),
-        beta=0.98,
-        clip_value=1.0,
+    "Amos": lambda peak, steps: amos(
+        rate_of(peak, steps), eta_rules(), slot_rules(), beta=0.98, clip_value=1.0
     ),
 }
 Run = collections.namedtuple("Run", "name rate losses seconds scales")  # [looks], [looks], [leaves]
@@ -678,10 +672,9 @@ def main(argv=None) -> int:
     if np.isfinite(got):
         draw_race(args.out, (theirs, ours), params)
     known = all(v == parser.get_default(k) for k, v in flags.items())
-    expected = (
-        f"expected {EXPECTED} nats, at most {MOST} nats" if known else "expected unknown, at most unknown"
-    )
-    print(f"result: last held-out loss, Amos less AdamW: got {got:.3f} nats, {expected}")
+    expected, most = (f"{EXPECTED} nats", f"{MOST} nats") if known else ("unknown", "unknown")
+    got_text = f"got {got:.3f} nats, expected {expected}, at most {most}"
+    print(f"result: last held-out loss, Amos less AdamW: {got_text}")
     return int(not got <= (MOST if known else math.inf))
 
 

@@ -420,8 +420,9 @@ def test_c6_empty_trees_scalars_zero_gradients_and_empty_leaves():
     assert not any(np.any(u) for u in jax.tree.leaves(updates)) and state.count == 1
     assert not any(np.any(u) for u in jax.tree.leaves((state.v, state.b)))
     shared = amos.amos(0.1, amos.eta_rules(), amos.slot_rules())
-    params = {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(3)}
+    params = {"kernel": jnp.ones((0, 3)), "bias": jnp.ones(0)}
     updates, state = shared.update(params, shared.init(params), params)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, shared.init(params))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
     rows = amos.amos(0.1, 1.0, lambda path, shape: (2, 1))  # a row without gradient is left alone
     w, g = jnp.ones((2, 3)), jnp.array([[1.0, 2, 3], [0, 0, 0]])
@@ -786,6 +787,17 @@ def test_demo_runs_resumes_and_draws(text, tmp_path, capsys, monkeypatch):
     losses = lambda printed: re.findall(r"(Amos [\d.]+: held-out loss [\d.]+)", printed)
     assert losses(again) == losses(first) and len(losses(again)) == 1 and "AdamW 0.01:" not in again
     assert "no figure without matplotlib" in again and again.splitlines()[-1] == first.splitlines()[-1]
+
+
+def test_a_run_looks_at_the_held_out_text_after_every_ten_steps():
+    run = amos.Run("Amos", 0.1, np.full(2, np.nan), np.full(2, np.nan), np.full(1, np.nan))
+    step = lambda w, state, tokens, labels, rate: (w + 1, state, 0.5)  # w counts the steps
+    amos.run_steps(run, (jnp.float32(0), ()), step, lambda w, *batch: w, lambda i: (i, i), [(0, 0)] * 3)
+    assert (
+        run.losses.tolist() == [10, 20]
+        and run.scales.tolist() == [20]
+        and 0 <= run.seconds[0] <= run.seconds[1]
+    )
 
 
 @pytest.mark.usefixtures("quick")

@@ -16,7 +16,7 @@ Claims    C1 the official code's steps   C2 slots take 51 % of AdamW's bytes wit
 Checked   google-research/jestimator @ 326824a, amos.py and amos_helper.py: 14 runs of 20 or 30
           steps; parameters within 2.4e-7, updates within 1.8e-7.
 Read      update_leaf, scale_by_amos, amos, TRANSFORMER, resolve, slot_specs, make_update
-Run       python amos.py   84 s on 2 CPU cores: last held-out loss, Amos less AdamW: -0.01 nats, at most 0.03
+Run       python amos.py   84 s on two CPU cores: held-out loss, Amos less AdamW: -0.01 nats, at most 0.03
 Axes      B batch  T tokens  D width  H heads  K head size  F hidden units of MLP  L blocks, stacked
           V tokens there are.  In shard_map B is a size per device.
 """
@@ -111,9 +111,8 @@ def resolve_leaf(path, x, eta, shape_fn, spec) -> Leaf:
 
 
 # ==== The idea: the step is a share of the scale that a weight should have ==================================
-# The type to compute in and of the slots: float32 at least
-wide = lambda x: jnp.promote_types(jax.dtypes.canonicalize_dtype(x.dtype), jnp.float32)
-at_least_float32 = lambda x: x.astype(wide(x))
+wide = lambda x: jnp.promote_types(jax.dtypes.canonicalize_dtype(x.dtype), jnp.float32)  # same in every file
+at_least_float32 = lambda x: x.astype(wide(x))  # same in every file
 
 
 def update_leaf(leaf, g, w, v, b, xi, t, *, beta, extra_l2, d_coef, c_coef, epsilon):
@@ -391,7 +390,7 @@ def make_update(optimizer, mesh, param_specs, specs):
     return jax.jit(jax.shard_map(optimizer.update, mesh=mesh, **arguments))
 
 
-def loss_on_mesh(mesh):
+def sharded_loss(mesh):
     """loss_fn of a global batch: (params, tokens [B,T], labels [B,T]) -> scalar."""
     data_axis = "data" if mesh.shape["data"] > 1 else None  # 1 device: no collectives
     local = functools.partial(loss_fn, data_axis=data_axis)
@@ -402,7 +401,7 @@ def make_train_step(make_optimizer, mesh):
     """Jitted (params, opt_state, tokens [B,T], labels [B,T], rate) -> (params, opt_state, loss in nats),
     donating the first two. make_optimizer(rate) gives the optimizer: one compilation for a grid of rates."""
     # Differentiated from outside, through shard_map: that adds the gradients' collectives, none is written.
-    value_and_grad = jax.value_and_grad(loss_on_mesh(mesh))
+    value_and_grad = jax.value_and_grad(sharded_loss(mesh))
 
     def step(params, opt_state, tokens, labels, rate):
         loss, grads = value_and_grad(params, tokens, labels)
@@ -474,9 +473,8 @@ def restore(arrays, like, rename=lambda name: name):
             report["missing"].append(name)
             new.append(leaf)
             continue
-        found = (
-            found.view(jnp.bfloat16) if found.dtype.kind == "V" else found
-        )  # as which numpy reads bfloat16
+        if found.dtype.kind == "V":  # as which numpy reads bfloat16
+            found = found.view(jnp.bfloat16)
         fits = found.ndim == leaf.ndim
         require(fits, f"{name} {leaf.shape} cannot take {rename(name)} {found.shape}: another rank")
         report["taken" if found.shape == leaf.shape else "resized"].append(name)
@@ -489,14 +487,13 @@ def restore(arrays, like, rename=lambda name: name):
 EXPECTED, MOST = -0.01, 0.03  # nats, Amos's last held-out loss less AdamW's, with the default flags
 EVERY = 10  # steps between two looks at the held-out text
 rate_of = lambda peak, steps: learning_rate_schedule(peak, steps // 10, steps + 1)
+RULES = eta_rules(), slot_rules()
 OPTIMIZERS = {  # one schedule for both, and 0.98 for both means of squared gradients
     "AdamW": lambda peak, steps: optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(lambda t: rate_of(peak, steps)(t + 1), b2=0.98, weight_decay=0.01),  # optax counts from 0
     ),
-    "Amos": lambda peak, steps: amos(
-        rate_of(peak, steps), eta_rules(), slot_rules(), beta=0.98, clip_value=1.0
-    ),
+    "Amos": lambda peak, steps: amos(rate_of(peak, steps), *RULES, beta=0.98, clip_value=1.0),
 }
 Run = collections.namedtuple("Run", "name rate losses seconds scales")  # [looks], [looks], [leaves]
 
@@ -546,7 +543,7 @@ def check_flags(args):
 
 def root_mean_square(tree):
     """Of each leaf [...] of a tree: float [leaves]."""
-    return np.array([float(jnp.sqrt(jnp.square(x).mean())) for x in jax.tree.leaves(tree)])
+    return np.array([np.sqrt(np.square(x).mean()) for x in map(np.asarray, jax.tree.leaves(tree))])
 
 
 def run_steps(run: Run, state, step, loss, batches, held):
@@ -581,7 +578,7 @@ def race(args, flags, text, held, mesh, kind):
     runs = [Run(*pair, *(known[name][i] for name in sizes)) for i, pair in enumerate(pairs)]
     place = lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data")))
     batches = lambda i: place(hide(text, (0, args.seed, i), args.batch, T))
-    held, loss = [place(hide(held, (1, i), args.batch, T)) for i in range(4)], jax.jit(loss_on_mesh(mesh))
+    held, loss = [place(hide(held, (1, i), args.batch, T)) for i in range(4)], jax.jit(sharded_loss(mesh))
     started, states, steps = time.time(), {}, {}
     for name in sorted({run.name for run in runs if np.isnan(run.scales).any()}):  # not yet finished
         make = functools.partial(OPTIMIZERS[name], steps=args.steps)
@@ -606,7 +603,7 @@ def compare(runs, params):
     last = lambda run: math.inf if np.isnan(run.losses[-1]) else run.losses[-1]
     theirs, ours = (min((run for run in runs if run.name == name), key=last) for name in OPTIMIZERS)
     for text, options in (("", {}), (" with momentum", {"momentum": 0.9})):
-        table = describe_rules(params, eta_rules(), slot_rules(), **options)
+        table = describe_rules(params, *RULES, **options)
         print(f"Amos{text}: {table.splitlines()[-1]}")
     for run in (theirs, ours):
         end = f"{run.losses[-1]:.3f} nats after {EVERY * len(run.losses)} steps, {run.seconds[-1]:.1f} s"
@@ -623,7 +620,7 @@ def draw_race(path, runs, params):
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no figure without matplotlib: pip install matplotlib")
-    rules = [(i, leaf) for i, leaf in enumerate(resolve(params, eta_rules())) if "bias" not in leaf.name]
+    rules = [(i, leaf) for i, leaf in enumerate(resolve(params, *RULES)) if "bias" not in leaf.name]
     show, rows = [i for i, _ in rules], range(len(rules))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     right.plot([leaf.eta for _, leaf in rules], rows, "k|", ms=14, mew=2, label="eta")

@@ -89,8 +89,8 @@ Arrays = collections.namedtuple("Arrays", "q k v bias mask q_segments kv_segment
 TILE = 64  # queries or keys of a kernel's tile
 FEW = 2**16  # scores of a head: with fewer, all heads are worked on together
 LEAST = -1e30  # below every score, but finite: the difference of two infinities is not a number
-wide = lambda x: jnp.promote_types(x.dtype, jnp.float32)  # the type to compute in
-at_least_float32 = lambda x: x.astype(wide(x))
+wide = lambda x: jnp.promote_types(jax.dtypes.canonicalize_dtype(x.dtype), jnp.float32)  # same in every file
+at_least_float32 = lambda x: x.astype(wide(x))  # same in every file
 flip = lambda x: x.swapaxes(-1, -2)
 
 

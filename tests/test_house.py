@@ -24,7 +24,7 @@ OPTIONAL = {"Kernel", "Checkpoints"}  # no kernel pays everywhere, and not every
 STANDS_FOR = {"State": "Parameters", "Problem": "Model"}  # the sections of an optimizer: gsam, amos
 # Each file has its own text of these. Under any other name two files have the same text, and mark it.
 OWN = {"Config", "param_table", "init_params", "block", "forward", "loss_fn", "make_train_step", "main"}
-OWN |= {"from_official", "to_official", "load", "save"}
+OWN |= {"from_official", "to_official", "load", "save", "sharded_loss"}
 MARK = "# same in every file"
 ARRAYS = {"images", "x", "q", "k", "v", "logits", "labels", "maps", "tokens"}  # arguments that have a shape
 SHAPE = re.compile(r"\[(\.\.\.|[^]]*[A-Z])[^]]*\]")  # [B,T,D] or [...], but not the range [-1, 1]
@@ -160,16 +160,20 @@ def check_claims(source, tests):
 
 
 def check_same(sources):
-    copies = {}  # name -> {file: text}
+    copies, lambdas = {}, set()  # name -> {file: text}
     for file, source in sources.items():
         for node in ast.parse(source).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda):
+                node.name, node.decorator_list = node.targets[0].id, []
+                lambdas.add(node.name)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) or hasattr(node, "name"):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 text = "\n".join(source.splitlines()[first - 1 : node.end_lineno])
                 copies.setdefault(node.name, {})[f"{file}.py"] = text
     out = []
     for name, texts in copies.items():
-        if len(texts) == 1 or (name in OWN and not any(MARK in text for text in texts.values())):
+        free = name in OWN | lambdas and not any(MARK in text for text in texts.values())
+        if len(texts) == 1 or free:
             continue
         (first, text), *others = texts.items()
         for file, other in others:
@@ -274,6 +278,7 @@ import numpy as np
 def double(images):  # same in every file
     """Twice.  [B,H,W] -> [B,H,W]."""
     return 2 * images
+half = lambda x: x / 2  # same in every file
 # ==== Model ====
 # ==== Sharded training ====
 mesh = lambda n: jax.make_mesh((n,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -364,7 +369,9 @@ def test_check_same_finds_a_fault():
     assert check_same({"vit": GOOD, "mixer": broken("parse_args(argv)", "parse_args()")}) == []  # main is OWN
     other = broken("2 * images", "images + images")
     assert complains(check_same({"vit": GOOD, "mixer": other}), "double differs:\n--- vit.py\n+++ mixer.py")
-    unmarked = broken("  # same in every file", "")
+    other = broken("x / 2", "x * 0.5")
+    assert complains(check_same({"vit": GOOD, "mixer": other}), "half differs:")
+    unmarked = broken("images):  # same in every file", "images):")
     assert complains(check_same({"vit": unmarked, "mixer": unmarked}), "lacks the mark")
 
 

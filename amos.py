@@ -375,10 +375,15 @@ def slot_specs(shapes, param_specs, shape_fn=None):
 
 
 def state_specs(optimizer, shapes, param_specs, shape_fn=None):
-    """Tree of the PartitionSpecs of the state of amos(...), or of a chain of it and others without arrays."""
+    """Tree of the PartitionSpecs of the state of amos(...), or of a chain of it and others that keep scalars.
+    ValueError for arrays of another optimizer."""
     slots = slot_specs(shapes, param_specs, shape_fn)
     known = {ScaleByAmosState: (P(), slots, slots), optax.EmaState: (P(), param_specs)}
-    place = lambda x: type(x)(*known[type(x)]) if type(x) in known else P()
+
+    def place(x):
+        require(type(x) in known or x.shape == (), f"no specs are known for the {x} of another optimizer")
+        return type(x)(*known[type(x)]) if type(x) in known else P()
+
     return jax.tree.map(place, jax.eval_shape(optimizer.init, shapes), is_leaf=lambda x: type(x) in known)
 
 

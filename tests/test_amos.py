@@ -634,6 +634,11 @@ def test_inside_shard_map_it_asks_for_the_whole_shapes():
     specs = amos.state_specs(plain, params, SPECS, shape_fn)
     with pytest.raises(ValueError, match="inside shard_map needs shapes= and specs="):
         amos.make_update(plain, mesh, SPECS, specs)(grads, plain.init(params), params)
+    other = optax.chain(plain, optax.trace(0.9))
+    with pytest.raises(ValueError, match=r"no specs are known for the ShapeDtypeStruct\(shape=\(16,\)"):
+        amos.state_specs(other, params, SPECS, shape_fn)
+    clipped = amos.state_specs(optax.chain(optax.clip(1.0), plain), params, SPECS, shape_fn)
+    assert clipped == (optax.EmptyState(), specs)
 
 
 @pytest.mark.usefixtures("quick")

@@ -558,6 +558,44 @@ def test_layer_norm_has_mean_0_and_variance_1():
     np.testing.assert_allclose(y.var(-1), 1, atol=1e-5)
 
 
+def logits_by_hand(params, tokens):
+    """The demo's BERT in NumPy, float64, one window of bytes [T] at a time."""
+    softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    gelu = lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    dense = lambda x, w, axes: np.tensordot(x, w["kernel"], axes) + w["bias"]
+
+    def norm(x, w):
+        deviation = np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return (x - x.mean(-1, keepdims=True)) / deviation * w["scale"] + w["bias"]
+
+    before, after = [0, *tokens[:-1]], [*tokens[1:], 0]  # beyond the ends there are zeros
+    x = sum(params[k]["embedding"][i] for k, i in (("here", tokens), ("before", before), ("after", after)))
+    x = norm(x + params["position"], params["norm"])
+    for i in range(len(params["blocks"]["norm1"]["scale"])):
+        w = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
+        q, k, v = dense(norm(x, w["norm1"]), w["qkv"], 1).transpose(1, 2, 0, 3)  # [H,T,K] each
+        heads = softmax(q @ k.swapaxes(1, 2) / math.sqrt(q.shape[-1])) @ v
+        x = x + dense(heads.swapaxes(0, 1), w["out"], 2)
+        x = x + dense(gelu(dense(norm(x, w["norm2"]), w["mlp1"], 1)), w["mlp2"], 1)
+    return dense(norm(x, params["last"]), params["head"], 1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_forward_and_loss_by_hand():
+    config = amos.Config(width=8, depth=2, heads=2, mlp=12, length=7)
+    like, tree = jax.tree.flatten(jax.eval_shape(lambda: amos.init_params(jax.random.key(0), config)))
+    params = tree.unflatten(normal(0, *(x.shape for x in like)))
+    rng = np.random.default_rng(1)
+    tokens, labels = rng.integers(257, size=(2, 7)), rng.integers(-1, 256, size=(2, 7))
+    labels[:, ::2] = -1  # not asked for
+    want = np.stack([logits_by_hand(jax.tree.map(np.float64, params), row) for row in tokens])
+    got = jax.jit(lambda *args: (amos.forward(*args[:2]), amos.loss_fn(*args)))(params, tokens, labels)
+    np.testing.assert_allclose(got[0], want, rtol=0, atol=1e-5 * np.abs(want).max())
+    rows = want[labels >= 0]
+    loss = np.log(np.exp(rows).sum(-1)) - rows[np.arange(len(rows)), labels[labels >= 0]]
+    np.testing.assert_allclose(got[1], loss.mean(), rtol=1e-5)
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_embedding_sees_both_neighbours_and_attention_all():
     params = amos.init_params(jax.random.key(0), TINY)
@@ -781,9 +819,49 @@ def test_demo_runs_resumes_and_draws(text, tmp_path, capsys, monkeypatch):
 def test_a_run_looks_at_the_held_out_text_after_every_ten_steps():
     run = amos.Run("Amos", 0.1, np.full(2, np.nan), np.full(2, np.nan), np.full(1, np.nan))
     step = lambda w, state, tokens, labels, rate: (w + 1, state, 0.5)  # w counts the steps
-    amos.run_steps(run, (jnp.float32(0), ()), step, lambda w, *batch: w, lambda i: (i, i), [(0, 0)] * 3)
-    assert run.losses.tolist() == [10, 20] and run.scales.tolist() == [20]
+    loss, held = lambda w, tokens, labels: w + tokens, [(0, 0), (1, 0), (5, 0)]
+    amos.run_steps(run, (jnp.float32(0), ()), step, loss, lambda i: (i, i), held)
+    assert run.losses.tolist() == [12, 22] and run.scales.tolist() == [20]  # 2: mean of those held out
     assert 0 <= run.seconds[0] <= run.seconds[1]
+
+
+def test_both_optimizers_follow_one_schedule():
+    rate = amos.rate_of(0.5, 100)
+    np.testing.assert_allclose([rate(t) for t in (1, 10, 100, 101)], [0.05, 0.5, 0.5 / 91, 0], rtol=1e-6)
+    w, g = {"kernel": jnp.zeros((4, 4))}, {"kernel": jnp.full((4, 4), 0.01)}
+    for name, eta in (("AdamW", 1), ("Amos", 0.5)):
+        optimizer = amos.OPTIMIZERS[name](0.5, 100)
+        state = optimizer.init(w)
+        for t in (1, 2):  # with one gradient again and again a step is as long as the rate, times eta
+            updates, state = optimizer.update(g, state, w)
+            # Amos's second is shorter by 1.4e-4, its decay d
+            np.testing.assert_allclose(updates["kernel"], -rate(t) * eta, rtol=2e-4)
+
+
+def runs_of(**losses):
+    """Runs of 30 steps at rates 1, 2 ..., by their losses; ten steps took half a second."""
+    rows = [(name, i, x) for name, many in losses.items() for i, x in enumerate(many, 1)]
+    return [amos.Run(name, i, np.array(x), np.arange(1, 4) / 2, np.ones(1)) for name, i, x in rows]
+
+
+def test_the_race_is_between_the_best_rates(monkeypatch, capsys):
+    tree, adamw = {"kernel": jnp.zeros((4, 4))}, [[1, 1, np.nan], [6, 2, 2.0], [5, 4, 3.0]]
+    ours = [[9, 9, 9.0], [3, 1.99, 1.9]]
+    races = iter([(adamw, ours), (ours, adamw), (adamw, [[4, 3, 2.5]])])
+    runs, drawn = lambda: runs_of(**dict(zip(("AdamW", "Amos"), next(races)))), []
+    monkeypatch.setattr(amos, "race", lambda *args: (runs(), tree))
+    monkeypatch.setattr(amos, "draw_race", lambda path, best, params: drawn.extend(best))
+    assert amos.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "best rate of AdamW: 2, 2.000 nats after 30 steps, 1.5 s" in printed
+    assert "best rate of Amos: 2, 1.900 nats" in printed
+    assert "Amos is at AdamW's last loss: after 20 steps, 1.0 s" in printed
+    assert "got -0.100 nats, expected -0.01 nats, at most 0.03 nats\n" in printed
+    assert [(run.name, run.rate) for run in drawn] == [("AdamW", 2), ("Amos", 2)]
+    assert amos.main([]) == 1  # 0.1 nats worse
+    assert "at AdamW's last loss: never" in capsys.readouterr().out
+    assert amos.main(["--seed", "1"]) == 0  # nothing is promised of other flags
+    assert "got 0.500 nats, expected unknown" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("quick")

@@ -395,7 +395,7 @@ def make_update(optimizer, mesh, param_specs, specs):
     return jax.jit(jax.shard_map(optimizer.update, mesh=mesh, **arguments))
 
 
-def sharded_loss(mesh):
+def loss_on_mesh(mesh):
     """loss_fn of a global batch: (params, tokens [B,T], labels [B,T]) -> scalar."""
     data_axis = "data" if mesh.shape["data"] > 1 else None  # 1 device: no collectives
     local = functools.partial(loss_fn, data_axis=data_axis)
@@ -406,7 +406,7 @@ def make_train_step(make_optimizer, mesh):
     """Jitted (params, opt_state, tokens [B,T], labels [B,T], rate) -> (params, opt_state, loss in nats),
     donating the first two. make_optimizer(rate) gives the optimizer: one compilation for a grid of rates."""
     # Differentiated from outside, through shard_map: that adds the gradients' collectives, none is written.
-    value_and_grad = jax.value_and_grad(sharded_loss(mesh))
+    value_and_grad = jax.value_and_grad(loss_on_mesh(mesh))
 
     def step(params, opt_state, tokens, labels, rate):
         loss, grads = value_and_grad(params, tokens, labels)
@@ -583,7 +583,7 @@ def race(args, flags, text, held, mesh, kind):
     runs = [Run(*pair, *(known[name][i] for name in sizes)) for i, pair in enumerate(pairs)]
     place = lambda batch: jax.device_put(batch, NamedSharding(mesh, P("data")))
     batches = lambda i: place(hide(text, (0, args.seed, i), args.batch, T))
-    held, loss = [place(hide(held, (1, i), args.batch, T)) for i in range(4)], jax.jit(sharded_loss(mesh))
+    held, loss = [place(hide(held, (1, i), args.batch, T)) for i in range(4)], jax.jit(loss_on_mesh(mesh))
     started, states, steps = time.time(), {}, {}
     for name in sorted({run.name for run in runs if np.isnan(run.scales).any()}):  # not yet finished
         make = functools.partial(OPTIMIZERS[name], steps=args.steps)

@@ -24,7 +24,7 @@ OPTIONAL = {"Kernel", "Checkpoints"}  # no kernel pays everywhere, and not every
 STANDS_FOR = {"State": "Parameters", "Problem": "Model"}  # the sections of an optimizer: gsam, amos
 # Each file has its own text of these. Under any other name two files have the same text, and mark it.
 OWN = {"Config", "param_table", "init_params", "block", "forward", "loss_fn", "make_train_step", "main"}
-OWN |= {"from_official", "to_official", "load", "save", "sharded_loss"}
+OWN |= {"from_official", "to_official", "load", "save"}
 MARK = "# same in every file"
 ARRAYS = {"images", "x", "q", "k", "v", "logits", "labels", "maps", "tokens"}  # arguments that have a shape
 SHAPE = re.compile(r"\[(\.\.\.|[^]]*[A-Z])[^]]*\]")  # [B,T,D] or [...], but not the range [-1, 1]

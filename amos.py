@@ -469,7 +469,7 @@ def restore(arrays, like, rename=lambda name: name):
     """The tree `like`, arrays [...], with what it can take of named arrays, under rename(its path) -> (tree,
     report). report: lists of paths taken as they are; resized, the common corner being copied; missing, kept
     as in like; and of names that are unused. ValueError for an array of another rank."""
-    leaves, report = named_leaves(like), {"taken": [], "resized": [], "missing": [], "unused": []}
+    leaves, report = named_leaves(like), {"taken": [], "resized": [], "missing": []}
     report["unused"] = sorted(set(arrays) - {rename(name) for name in leaves})
     new = []
     for name, leaf in leaves.items():

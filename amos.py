@@ -34,6 +34,7 @@ import pathlib
 import re
 import sys
 import time
+import zipfile
 from typing import Any, NamedTuple
 
 import jax
@@ -327,10 +328,12 @@ def init_params(key: jax.Array, config: Config) -> dict:
     return treedef.unflatten([draw(k, *row) for k, row in zip(jax.random.split(key, len(table)), table)])
 
 
-def layer_norm(x, weights):
-    """LayerNorm over the last axis. x [...,D] -> [...,D]."""
-    x = x - x.mean(-1, keepdims=True)
-    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * weights["scale"] + weights["bias"]
+def layer_norm(x, weights):  # same in every file
+    """LayerNorm over the last axis, with the official epsilon. [...,D] -> [...,D]."""
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x - mean).mean(-1, keepdims=True)
+    y = (x - mean) * lax.rsqrt(variance + 1e-6)
+    return y * weights["scale"] + weights["bias"]
 
 
 def block(x, weights):
@@ -417,31 +420,47 @@ def make_train_step(make_optimizer, mesh):
 
 
 # ==== Checkpoints: a training state, and what another tree can take of one ==================================
-def check_names(found, wanted, where):  # same in every file
-    """ValueError for an array that is missing, unknown or misshaped. Two dicts of name -> array [...]."""
-    for name in sorted(found.keys() | wanted.keys()):
-        shapes = [np.shape(arrays[name]) if name in arrays else "nothing" for arrays in (found, wanted)]
+def check_names(found, expected, where):  # same in every file
+    """ValueError for an array that is missing, unknown or misshaped. Two dicts of arrays."""
+    for name in sorted(found.keys() | expected.keys()):
+        shapes = [
+            np.shape(arrays[name]) if name in arrays else "nothing" for arrays in (found, expected)
+        ]
         require(shapes[0] == shapes[1], f"{where}: {name} is {shapes[0]}, should be {shapes[1]}")
 
 
 def write_npz(path, arrays):  # same in every file
-    """Writes named arrays [...] whole or not at all: to a temporary file beside path, then renamed."""
-    with open(part := f"{path}.{os.getpid()}.part", "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(part, path)
+    """Writes named arrays whole or not at all. ValueError where they cannot be written."""
+    partial = f"{path}.{os.getpid()}.part"
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):  # it is gone once it has its name
+            os.remove(partial)
 
 
 def read_npz(path) -> dict:  # same in every file
-    """The named arrays [...] of an .npz. ValueError if it is missing, truncated, no .npz or holds pickles."""
+    """The named arrays of an .npz. ValueError unless it is whole and holds nothing but arrays."""
+    require(os.path.exists(path), f"{path} does not exist")
+    require(zipfile.is_zipfile(path), f"{path} is no .npz, or it was cut off")
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except Exception as error:  # numpy lets through what zipfile, zlib, pickle and the system raise
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except Exception as error:  # numpy passes on what zipfile, zlib and the system raise
         raise ValueError(f"{path} is not a readable .npz of plain arrays: {error}") from None
+    for name, array in arrays.items():
+        require(isinstance(array, np.ndarray), f"{path} is no .npz: {name} is no array")
+        if array.dtype.str == "|V2":  # how numpy stores bfloat16
+            arrays[name] = array.view(jnp.bfloat16)
+    return arrays
 
 
 def named_leaves(tree) -> dict:  # same in every file
-    """Path -> leaf of any tree of arrays [...]."""
+    """Path -> leaf of any tree of arrays: {"blocks/mlp1/kernel": ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

@@ -888,7 +888,7 @@ def test_demo_tells_of_a_loss_that_is_not_finite(text, tmp_path, capsys, monkeyp
         (["--mesh", "data=32"], "--mesh data=32 asks for more than 8 cpu device(s)"),
         (["--out", "nowhere/x.png"], "--out nowhere/x.png cannot be written"),
         (["--data", "nothing.txt"], "--data nothing.txt is no readable text"),
-        (["--resume"], "is not a readable .npz"),
+        (["--resume"], "does not exist"),
     ],
 )
 def test_demo_refuses_in_one_line(flags, message, text, tmp_path, capsys):

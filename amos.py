@@ -241,8 +241,7 @@ def suggest(batches) -> dict:
 
 
 # Rules for a kind of model: name of a parameter -> (its eta from the fan-in n, the input axes: their product
-# is n, and they share a slot). The first that fits the end of the path counts. Kernels have inputs first:
-# vit.py's mlp2 has not, see examples/amos_rules.py.
+# is n, and they share a slot). The first that fits the end of the path counts. Kernels have inputs first.
 constant, root = (lambda value: lambda n: value), (lambda gain: lambda n: math.sqrt(gain / n))
 ALL, FIRST, LAST, BUT_LAST = slice(None), slice(0, 1), slice(-1, None), slice(0, -1)
 TRANSFORMER = {  # as the official BERT, RoPE and RPE. Mixer as well: both of its MLPs are of this kind

@@ -279,8 +279,8 @@ def has_more_frames(file):
         return True
 
 
-def read_picture(path, height, width, grey):
-    """One picture file -> uint8 [H,W,3], or [H,W] if grey; and whether more frames follow.
+def open_picture(path):
+    """A picture file as pillow's RGB image, upright, and whether more frames follow.
 
     What is transparent becomes white.
     """
@@ -300,10 +300,16 @@ def read_picture(path, height, width, grey):
     if mode[0] in "IF":  # pillow turns every value above 255 white
         raise ValueError(f"{path} has more than 8 bits per channel (mode {mode}), required is 8")
     white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture)
-    picture = picture.convert("L" if grey else "RGB")
-    picture = picture.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(picture), more_frames
+    return Image.alpha_composite(white, picture).convert("RGB"), more_frames
+
+
+def read_picture(path, height, width, grey):
+    """One picture file -> uint8 [H,W,3], or [H,W] if grey; and whether more frames follow."""
+    picture, more_frames = open_picture(path)
+    if grey:
+        picture = picture.convert("L")
+    bilinear = 2  # pillow's number for it
+    return np.asarray(picture.resize((width, height), bilinear)), more_frames
 
 
 def add_note(notes, paths, folder, before, noun, after=""):

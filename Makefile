@@ -4,7 +4,7 @@ PYTHON = python3
 FILE =
 EXTRAS =
 VENV = .venv
-REQUIREMENTS = requirements.txt
+REQUIREMENTS = requirements.txt examples/requirements.txt
 
 override FILE := $(FILE:.py=)
 TESTS = $(FILE:%=tests/test_%.py)
@@ -38,7 +38,7 @@ help: ## list the targets
 
 # .venv is made anew when the interpreter, EXTRAS or the requirements differ from what its stamp records.
 # The stamp is written last, so an installation that was interrupted counts as none.
-.venv: ## install requirements.txt into .venv, if that is not done yet
+.venv: ## install the requirements into .venv, if that is not done yet
 	@$(PYTHON) -c '' 2>/dev/null || { \
 	    echo "$(PYTHON) does not run: install Python 3.11 or newer, or choose one with make PYTHON=python3.13 ..." >&2; \
 	    exit 1; }

@@ -47,7 +47,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 # ==== Config ================================================================================================
 def require(ok, message):  # same in every file
-    """ValueError with the message unless ok."""
+    """Raises ValueError(message) unless ok."""
     if not ok:
         raise ValueError(message)
 
@@ -420,16 +420,18 @@ def make_train_step(make_optimizer, mesh):
 
 # ==== Checkpoints: a training state, and what another tree can take of one ==================================
 def check_names(found, expected, where):  # same in every file
-    """ValueError for an array that is missing, unknown or misshaped. Two dicts of arrays."""
-    for name in sorted(found.keys() | expected.keys()):
-        shapes = [
-            np.shape(arrays[name]) if name in arrays else "nothing" for arrays in (found, expected)
-        ]
-        require(shapes[0] == shapes[1], f"{where}: {name} is {shapes[0]}, should be {shapes[1]}")
+    """Raises ValueError unless both dicts of arrays have the same names and shapes."""
+    for name in sorted(expected):
+        require(name in found, f"{where}: {name} is missing")
+    for name in sorted(found):
+        require(name in expected, f"{where}: {name} is unknown")
+        got = np.shape(found[name])
+        wanted = np.shape(expected[name])
+        require(got == wanted, f"{where}: {name} has shape {got}, not {wanted}")
 
 
 def write_npz(path, arrays):  # same in every file
-    """Writes named arrays whole or not at all. ValueError where they cannot be written."""
+    """Writes named arrays whole or not at all. Raises ValueError if they cannot be written."""
     partial = f"{path}.{os.getpid()}.part"
     try:
         with open(partial, "wb") as file:
@@ -438,21 +440,21 @@ def write_npz(path, arrays):  # same in every file
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):  # it is gone once it has its name
+        with contextlib.suppress(OSError):  # after a success there is nothing to remove
             os.remove(partial)
 
 
 def read_npz(path) -> dict:  # same in every file
-    """The named arrays of an .npz. ValueError unless it is whole and holds nothing but arrays."""
+    """The named arrays of an .npz. Raises ValueError unless it is whole and holds arrays only."""
     require(os.path.exists(path), f"{path} does not exist")
-    require(zipfile.is_zipfile(path), f"{path} is no .npz, or it was cut off")
+    require(zipfile.is_zipfile(path), f"{path} is not an .npz, or only the first part of one")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy passes on what zipfile, zlib and the system raise
+    except Exception as error:  # numpy lets through what zipfile, zlib and the system raise
         raise ValueError(f"{path} is not a readable .npz of plain arrays: {error}") from None
     for name, array in arrays.items():
-        require(isinstance(array, np.ndarray), f"{path} is no .npz: {name} is no array")
+        require(isinstance(array, np.ndarray), f"{path} is not an .npz: {name} is not an array")
         if array.dtype.str == "|V2":  # how numpy stores bfloat16
             arrays[name] = array.view(jnp.bfloat16)
     return arrays

@@ -44,7 +44,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 # ==== Config ================================================================================================
 def require(ok, message):  # same in every file
-    """ValueError with the message unless ok."""
+    """Raises ValueError(message) unless ok."""
     if not ok:
         raise ValueError(message)
 

@@ -1,41 +1,43 @@
 """Vision Transformer: an image is a sequence of patches, read by a plain Transformer encoder.
 
     flat = read_npz("B_16.npz")                     # a released checkpoint
-    config = infer_config(flat)                     # or SIZES["B/16"], or Config(...)
-    params = from_official(flat, config)            # or init_params(jax.random.key(0), config)
-    images = preprocess(pixels, config.image_size)  # [B,H,W,3], 0 to 255 -> [B,224,224,3]
-    logits = forward(params, images, config)        # [B,N]
+    config = infer_config(flat)                     # its sizes, read from the shapes
+    params = jax.device_put(from_official(flat, config))
+    images = preprocess(pixels, config.image_size)  # [B,height,width,3], 0 to 255 -> -1 to 1
+    logits = jax.jit(forward, static_argnames="config")(params, images, config)  # [B,N]
 
-    state = init_state(key, config, optimizer, mesh)       # optax; mesh axes "data", "model"
-    step = make_train_step(config, optimizer, mesh)        # one jitted function
-    state, metrics = step(state, {"images": images, "labels": labels}, key)
+    optimizer = optax.adamw(1e-3)                   # training, here from random weights
+    mesh = make_mesh("data=1,model=1")              # or more devices
+    state = init_state(jax.random.key(0), config, optimizer, mesh)
+    step = make_train_step(config, optimizer, mesh)
+    state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
 
 Paper     Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words: Transformers for Image
           Recognition at Scale", arXiv:2010.11929 v2. Attention rollout (Figure 6): Abnar & Zuidema
           2020, "Quantifying Attention Flow in Transformers", arXiv:2005.00928 v2.
 Here      Patches, class token and positions (Eq. 1), encoder (Eq. 2, 3), image representation
           (Eq. 4), attention (Eq. 5 to 8), sizes (Table 1), fine-tuning at another image size
-          (Sec. 3.2), recipes as data (Tables 3, 4), attention rollout.
-Not here  Hybrid stem (Sec. 3.1), masked patches (App. B), dropout of attention weights.
-          Training on your own data: examples/train.py. Checkpoints of big_vision:
-          examples/big_vision.py.
-Differs   From the paper, as the official code does: tanh GELU, LayerNorm epsilon 1e-6, a last
-          LayerNorm before any pooling, a head of zeros, dropout after the positions too.
-          From the official code: variance as the mean squared deviation; positions resize between
-          rectangles too; rows with the label -1 do not count.
+          (Sec. 3.2), training recipes (Tables 3, 4, without JFT-300M), attention rollout.
+Not here  Hybrid stem (Sec. 3.1), masked patches (App. B), attention dropout. Training on your own
+          pictures: examples/train.py. Checkpoints of big_vision: examples/big_vision.py.
+Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, the last
+          LayerNorm before the tokens are pooled, a zero head for pre-training too.
+          From the official code: variance as mean((x - mean)^2), not E[x^2] - E[x]^2; position
+          embeddings can be resized to rectangles; rows with the label -1 are masked.
 Claims    C1 parameter counts (Table 1)
-          C2 without positions the encoder commutes with permutations of the patches
-          C3 resizing positions to the same grid changes nothing
-          C4 a head of zeros starts at log(classes) nats
-          C5 rows of the rollout are distributions
+          C2 without position embeddings the encoder commutes with permutations of the patches
+          C3 resizing position embeddings to the same grid changes nothing
+          C4 with a zero head the first loss is log(classes) nats
+          C5 every row of the rollout is non-negative and sums to 1
           C6 the patch embedding is linear in the flattened patches (Eq. 1)
-          C7 a real trained model looks as in Sec. 4.5
-          C8 FLOPs are linear in depth, those of attention quadratic in the number of tokens
-Checked   google-research/vision_transformer @ c6de1e5: outputs and gradients, largest error
-          1.8e-6 of the largest value.
+          C7 a real trained model shows the patterns of Sec. 4.5: similar positions of neighbours,
+             attention that reaches farther in deeper layers
+          C8 FLOPs are linear in depth; those of attention are quadratic in the number of tokens
+Checked   google-research/vision_transformer @ c6de1e5: outputs and gradients in float32 on a CPU,
+          largest error 1.8e-6 of the largest value. Each claim is a test in tests/test_vit.py.
 Run       python vit.py
-          74 s on two CPU cores: 97.2 % of 1,000 held-out MNIST digits right, at least 96.5 %
-Axes      B batch  T tokens, class token first  S keys  D width  H heads  K head size
+          74 s on two CPU cores: 97.2 % of 1,000 held-out MNIST digits right; below 96.5 % it fails
+Axes      B batch  T tokens, class token first  S keys  D width  H heads  K features of a head
           F hidden units  L blocks  N classes  R representation  C channels
           h, w height and width of a patch. Inside shard_map B, H and F are sizes on one device.
 """
@@ -51,7 +53,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +68,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 
 def require(ok, message):  # same in every file
-    """ValueError with the message unless ok."""
+    """Raises ValueError(message) unless ok."""
     if not ok:
         raise ValueError(message)
 
@@ -81,42 +83,42 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One Vision Transformer; the defaults are ViT-B/16. ValueError for what cannot be built."""
+    """One Vision Transformer; the defaults are ViT-B/16. Raises ValueError for what cannot be."""
 
     image_size: int | tuple[int, int] = 224  # height and width in pixels; one number for a square
-    patch_size: int | tuple[int, int] = 16  # the same of a patch
+    patch_size: int | tuple[int, int] = 16  # height and width in pixels
     channels: int = 3
     width: int = 768
     depth: int = 12
     heads: int = 12
-    mlp: int = 3072  # hidden units
-    classes: int = 1000  # 0: no head, forward returns what a head would see
-    pool: Literal["token", "gap"] = "token"  # the class token, or the mean of all patches
-    representation: int | None = None  # width of a tanh layer before the head ("pre-logits")
-    gelu: Literal["tanh", "exact"] = "tanh"  # they differ by up to 5e-4
+    mlp: int = 3072  # hidden units of the MLP
+    classes: int = 1000  # 0: no head, forward returns the features
+    pool: str = "token"  # "token": the class token goes to the head; "gap": the mean of the patches
+    representation: int | None = None  # width of a tanh layer before the head, "pre-logits"
+    gelu: str = "tanh"  # "tanh" or "exact"; the two differ by up to 5e-4
     dropout: float = 0.0  # rate, after the positions and in both halves of a block
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; the rest is float32
-    attention: Literal["xla", "cudnn"] = "xla"
+    dtype: str = "float32"  # or "bfloat16": of dense layers; residual sums and norms stay float32
+    attention: str = "xla"  # "xla": plain einsums; "cudnn": fused, on a GPU in bfloat16 only
     remat: bool = True  # recompute most of a block in the backward pass: a sixth of the memory
-    fsdp: bool = False  # cut weights and optimizer state over the mesh axis "data" as well
+    fsdp: bool = False  # shard weights and optimizer state over the mesh axis "data" too
 
     def __post_init__(self):
         for name in ("image_size", "patch_size"):
             size = getattr(self, name)
             if isinstance(size, int):
                 size = (size, size)
-            object.__setattr__(self, name, tuple(size))  # the class is frozen
+            object.__setattr__(self, name, tuple(size))  # as assignment would, but for frozen
         for name in ("channels", "width", "depth", "heads", "mlp", "representation"):
             size = getattr(self, name)
             require(size is None or size >= 1, f"{name}={size} is not at least 1")
         require(self.classes >= 0, f"classes={self.classes} is not at least 0")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            require(value in choices, f"{name}={value!r} is none of {', '.join(choices)}")
+            require(value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
         for size, patch in zip(self.image_size, self.patch_size, strict=True):
             require(
                 patch >= 1 and size >= 1 and size % patch == 0,
-                f"image_size={self.image_size} is no positive multiple of "
+                f"image_size={self.image_size} is not a positive multiple of "
                 f"patch_size={self.patch_size}",
             )
         require(
@@ -126,86 +128,89 @@ class Config:
         require(0 <= self.dropout < 1, f"dropout={self.dropout} is not in [0, 1)")
         require(
             self.remat or not self.fsdp,
-            "fsdp=True needs remat=True: without it every gathered weight would be kept",
+            "fsdp=True needs remat=True: else every gathered weight is kept for the backward pass",
         )
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Number of rows and of columns of patches."""
         (H, W), (h, w) = self.image_size, self.patch_size
         return H // h, W // w
 
     @property
     def tokens(self) -> int:
-        """Patches, and the class token where there is one."""
+        """Number of tokens: the patches, and the class token where there is one."""
         return math.prod(self.grid) + (self.pool == "token")
 
 
-def size(width, depth, heads, patch) -> Config:
-    """A row of SIZES: the MLP is four times as wide as the tokens."""
+def standard_config(width, depth, heads, patch) -> Config:
+    """A Config whose MLP is four times as wide as its tokens, as all of Table 1."""
     return Config(width=width, depth=depth, heads=heads, mlp=4 * width, patch_size=patch)
 
 
 SIZES = {  # Table 1: B, L and H. Ti, S and B/8 came with later releases of the official code.
-    "Ti/16": size(192, 12, 3, 16),
-    "S/32": size(384, 12, 6, 32),
-    "S/16": size(384, 12, 6, 16),
-    "B/32": size(768, 12, 12, 32),
-    "B/16": size(768, 12, 12, 16),
-    "B/8": size(768, 12, 12, 8),
-    "L/32": size(1024, 24, 16, 32),
-    "L/16": size(1024, 24, 16, 16),
-    "H/14": size(1280, 32, 16, 14),
+    "Ti/16": standard_config(192, 12, 3, 16),
+    "S/32": standard_config(384, 12, 6, 32),
+    "S/16": standard_config(384, 12, 6, 16),
+    "B/32": standard_config(768, 12, 12, 32),
+    "B/16": standard_config(768, 12, 12, 16),
+    "B/8": standard_config(768, 12, 12, 8),
+    "L/32": standard_config(1024, 24, 16, 32),
+    "L/16": standard_config(1024, 24, 16, 16),
+    "H/14": standard_config(1280, 32, 16, 14),
 }
 
 
-# ==== Model: patches become tokens, tokens attend to each other ===================================
+# ==== Model =======================================================================================
 
 
 def preprocess(pixels, size=None):
-    """The official input: resized to size (rows, columns), from 0..255 to [-1, 1].
+    """The official input: resized to `size` (height, width), and from 0..255 to [-1, 1].
 
-    pixels [B,H,W,C] -> float32 [B,*size,C]. Bilinear without antialiasing, as the official code.
-    ValueError for values that are not 0 to 255, where they are known (not under jit).
+    pixels [B,height,width,C] -> float32 [B,*size,C]. Bilinear without antialiasing, as in the
+    official code. Raises ValueError for values outside 0 to 255; not under jit.
     """
     pixels = jnp.asarray(pixels)
     if not isinstance(pixels, jax.core.Tracer):
         low = float(pixels.min())
         high = float(pixels.max())
-        scaled = jnp.issubdtype(pixels.dtype, jnp.floating) and 0 < high <= 1
+        already_scaled = jnp.issubdtype(pixels.dtype, jnp.floating) and 0 < high <= 1
         require(
-            0 <= low and high <= 255 and not scaled,
+            0 <= low and high <= 255 and not already_scaled,
             f"pixels are {pixels.dtype} from {low:.4g} to {high:.4g}, not 0 to 255",
         )
-    B, H, W, C = pixels.shape
-    shape = (B, *(size or (H, W)), C)
+    B, *old_size, C = pixels.shape
+    shape = (B, *(size or old_size), C)
     resized = jax.image.resize(pixels.astype(jnp.float32), shape, "bilinear", antialias=False)
     return resized / 127.5 - 1
 
 
 def patchify(images, patch_size):
-    """Cuts images into patches, row by row (Sec. 3.1). [B,H,W,C] -> [B,T,h,w,C]."""
-    B, H, W, C = images.shape
+    """Cuts images into patches, row by row (Sec. 3.1). [B,height,width,C] -> [B,patches,h,w,C]."""
+    B, height, width, C = images.shape
     h, w = patch_size
-    patches = images.reshape(B, H // h, h, W // w, w, C)
-    return patches.swapaxes(2, 3).reshape(B, -1, h, w, C)
+    patches = images.reshape(B, height // h, h, width // w, w, C)
+    patches = patches.swapaxes(2, 3)  # [B,rows,columns,h,w,C]
+    return patches.reshape(B, -1, h, w, C)
 
 
 def linear(x, weights, dtype, axes=1, model_axis=None):
-    """x times kernel plus bias, summed over the last `axes` axes of x. [...,I] x [I,O] -> [...,O].
+    """A dense layer: contracts the last `axes` axes of x with the first of the kernel, adds bias.
 
-    With model_axis each device holds a part of I, and the parts of the sum are added up.
+    [...,I] -> [...,O] for a kernel [I,O], where I and O may stand for several axes. With model_axis
+    each device holds a slice of the inputs I, and the partial products are summed.
     """
     kernel = weights["kernel"]
     leading = x.shape[: x.ndim - axes]
     inputs = math.prod(kernel.shape[:axes])
     outputs = kernel.shape[axes:]
 
-    x = x.reshape(-1, inputs).astype(dtype)  # two axes: the fastest product on a CPU
+    x = x.reshape(-1, inputs).astype(dtype)  # one product of two matrices: fast on a CPU
     kernel = kernel.reshape(inputs, -1).astype(dtype)
     y = x @ kernel
     if model_axis:
-        y = lax.psum(y.astype(jnp.float32), model_axis)  # all-reduce over the devices that share I
+        y = lax.psum(y.astype(jnp.float32), model_axis)  # all-reduce: sums the slices of I
+    # The bias comes after the sum: before it, every device would add its own.
     y = y + weights["bias"].reshape(-1).astype(y.dtype)
     return y.reshape(*leading, *outputs)
 
@@ -219,7 +224,10 @@ def layer_norm(x, weights):  # same in every file
 
 
 def dropout(key, x, rate):
-    """Zeroes values of x [...] with probability rate, scales the others up. Without a key: x."""
+    """Zeroes each value of x [...] with probability `rate` and scales up the others.
+
+    Returns x unchanged where key is None.
+    """
     if key is None or rate == 0:
         return x
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
@@ -227,9 +235,10 @@ def dropout(key, x, rate):
 
 
 def embed(params, images, config: Config):
-    """Eq. 1: z_0 = [class token; patches times E] + positions. [B,H,W,C] in [-1, 1] -> [B,T,D].
+    """Eq. 1: z_0 = [class token; flattened patches times E] + positions.
 
-    ValueError for images of another shape, dtype or range (the range not under jit).
+    [B,height,width,C] in [-1, 1] -> [B,T,D]. Raises ValueError for images of another shape, dtype
+    or range; the range is not checked under jit.
     """
     expected = (*config.image_size, config.channels)
     require(images.shape[1:] == expected, f"images are {images.shape}, not [B, *{expected}]")
@@ -245,7 +254,8 @@ def embed(params, images, config: Config):
             f"images are from {low:.4g} to {high:.4g}, not in [-1, 1]: see preprocess",
         )
     patches = patchify(images, config.patch_size)
-    x = linear(patches, params["embed"], config.dtype, axes=3).astype(jnp.float32)
+    x = linear(patches, params["embed"], config.dtype, axes=3)  # contracts h, w and C
+    x = x.astype(jnp.float32)  # [B,patches,D]
     if config.pool == "token":
         class_token = jnp.broadcast_to(params["class"], (len(x), 1, config.width))
         x = jnp.concatenate([class_token, x], axis=1)
@@ -253,31 +263,38 @@ def embed(params, images, config: Config):
 
 
 def project_qkv(x, weights, dtype):
-    """Eq. 5: queries, keys and values, as one matrix product. [B,T,D] -> 3 x [B,H,T,K]."""
+    """Eq. 5: queries, keys and values by one matrix product. [B,T,D] -> three [B,H,T,K]."""
     layers = [weights[name] for name in ("query", "key", "value")]
-    together = {
+    qkv = {
         "kernel": jnp.stack([layer["kernel"] for layer in layers], axis=1),  # [D,3,H,K]
         "bias": jnp.stack([layer["bias"] for layer in layers]),  # [3,H,K]
     }
-    y = linear(x, together, dtype)  # [B,T,3,H,K]
-    q, k, v = y.transpose(2, 0, 3, 1, 4)
+    y = linear(x, qkv, dtype)  # [B,T,3,H,K]
+    q, k, v = y.transpose(2, 0, 3, 1, 4)  # [3,B,H,T,K]
     return q, k, v
 
 
 def attention_weights(q, k):
-    """Eq. 6: A = softmax(q k^T / sqrt(K)) over the keys, in float32. 2 x [B,H,T,K] -> [B,H,T,S]."""
-    scores = jnp.einsum("bhtk,bhsk->bhts", q * q.shape[-1] ** -0.5, k)
-    return jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+    """Eq. 6: A = softmax(q k^T / sqrt(K)) over the keys, in float32.
+
+    q [B,H,T,K], k [B,H,S,K] -> [B,H,T,S].
+    """
+    q = q * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def attention_reference(q, k, v):
-    """Eq. 7: the mean of v by attention weight, A v. 3 x [B,H,T,K] -> [B,H,T,K]."""
+    """Eq. 7: the values v, averaged by attention weight: A v. Three [B,H,T,K] -> [B,H,T,K]."""
     weights = attention_weights(q, k).astype(v.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights, v)
 
 
 def attention_cudnn(q, k, v):
-    """attention_reference by cuDNN, without the [T,S] array; or NotImplementedError."""
+    """attention_reference by cuDNN, which never stores the weights [T,S].
+
+    Raises NotImplementedError where cuDNN cannot do it.
+    """
     backend = jax.default_backend()
     K = q.shape[-1]
     if backend != "gpu" or q.dtype != jnp.bfloat16 or K % 8 or K > 128:
@@ -290,7 +307,10 @@ def attention_cudnn(q, k, v):
 
 
 def self_attention(x, weights, config: Config, model_axis=None):
-    """MSA (Eq. 5 to 8) over this device's heads. [B,T,D] -> [B,T,D], and q, k [B,H,T,K]."""
+    """MSA (Eq. 5 to 8). [B,T,D] -> [B,T,D], and q, k [B,H,T,K], which attention_maps needs.
+
+    weights are those of a block; with model_axis, of the heads on this device.
+    """
     q, k, v = project_qkv(x, weights, config.dtype)
     if config.attention == "cudnn":
         y = attention_cudnn(q, k, v)
@@ -302,7 +322,10 @@ def self_attention(x, weights, config: Config, model_axis=None):
 
 
 def mlp(x, weights, config: Config, key=None, model_axis=None):
-    """Two layers with GELU between, over this device's hidden units. [B,T,D] -> [B,T,D]."""
+    """Two dense layers with a GELU between them. [B,T,D] -> [B,T,D].
+
+    weights are those of a block; with model_axis, of the hidden units on this device.
+    """
     y = linear(x, weights["mlp1"], config.dtype)  # [B,T,F]
     y = jax.nn.gelu(y, approximate=config.gelu == "tanh")
     y = dropout(key, y, config.dropout)
@@ -310,57 +333,61 @@ def mlp(x, weights, config: Config, key=None, model_axis=None):
 
 
 def dropout_keys(key, model_axis):
-    """Keys for the hidden units and the two sums of a block; three times None without a key."""
+    """Keys for dropout in a block: after attention, of the hidden units, after the MLP; or None."""
     if key is None:
         return None, None, None
-    hidden, first, second = jax.random.split(key, 3)
+    attention_key, hidden_key, mlp_key = jax.random.split(key, 3)
     if model_axis:
-        # Each device holds other hidden units and draws for them; of the sums all draw the same.
-        hidden = jax.random.fold_in(hidden, lax.axis_index(model_axis))
-    return hidden, first, second
+        # Each device holds other hidden units and needs other masks for them. The outputs of
+        # attention and MLP are the same on all devices of the axis, and so must be their masks.
+        hidden_key = jax.random.fold_in(hidden_key, lax.axis_index(model_axis))
+    return attention_key, hidden_key, mlp_key
 
 
 def block(x, weights, config: Config, key=None, model_axis=None):
-    """One encoder block. [B,T,D] -> [B,T,D], and q, k [B,H,T,K] for the attention maps."""
-    hidden_key, key1, key2 = dropout_keys(key, model_axis)
+    """One encoder block. [B,T,D] -> [B,T,D], and q, k [B,H,T,K] for attention_maps."""
+    attention_key, hidden_key, mlp_key = dropout_keys(key, model_axis)
 
     # Eq. 2: z' = MSA(LN(z)) + z
     y = layer_norm(x, weights["norm1"])
     y, (q, k) = self_attention(y, weights, config, model_axis)
-    x = x + dropout(key1, y.astype(x.dtype), config.dropout)
-    x = checkpoint_name(x, "middle")  # kept for the backward pass, see encode
+    x = x + dropout(attention_key, y.astype(x.dtype), config.dropout)
+    x = checkpoint_name(x, "middle")  # encode keeps this for the backward pass
 
     # Eq. 3: z = MLP(LN(z')) + z'
     y = layer_norm(x, weights["norm2"])
     y = mlp(y, weights, config, hidden_key, model_axis)
-    x = x + dropout(key2, y.astype(x.dtype), config.dropout)
+    x = x + dropout(mlp_key, y.astype(x.dtype), config.dropout)
     return x, (q, k)
 
 
 def encode(params, images, config: Config, *, key=None, data_axis=None, model_axis=None):
-    """All tokens after the last LayerNorm, class token first. [B,H,W,C] in [-1, 1] -> [B,T,D].
+    """All tokens after the last LayerNorm, class token first. [B,height,width,C] -> [B,T,D].
 
-    Arguments as of forward.
+    The arguments are those of forward.
     """
     table = param_table(config)
 
     def layer(x, inputs):
-        weights, key = inputs
+        weights, block_key = inputs
+        # Makes the weights of this block whole where fsdp has sharded them; else does nothing.
         weights = gather(weights, table["blocks"], config, data_axis)
-        x, _ = block(x, weights, config, key, model_axis)
+        x, _ = block(x, weights, config, block_key, model_axis)
         return x, None
 
     if config.remat:
-        # The inputs of a block's two halves are kept; everything else is computed again.
+        # Kept are the inputs of a block's two halves; everything else is computed again.
+        # prevent_cse=False is safe inside a scan, and faster.
         keep = jax.checkpoint_policies.save_only_these_names("middle")
         layer = jax.checkpoint(layer, prevent_cse=False, policy=keep)
 
     embed_key, block_keys = None, None
     if key is not None:
         if data_axis:
-            key = jax.random.fold_in(key, lax.axis_index(data_axis))  # other rows, other draws
-        embed_key, key = jax.random.split(key)
-        block_keys = jax.random.split(key, config.depth)
+            # Each device has other rows and needs other masks.
+            key = jax.random.fold_in(key, lax.axis_index(data_axis))
+        embed_key, blocks_key = jax.random.split(key)
+        block_keys = jax.random.split(blocks_key, config.depth)
 
     embedding = gather(params["embed"], table["embed"], config, data_axis)
     x = embed({**params, "embed": embedding}, images, config)
@@ -370,11 +397,11 @@ def encode(params, images, config: Config, *, key=None, data_axis=None, model_ax
 
 
 def forward(params, images, config: Config, *, key=None, data_axis=None, model_axis=None):
-    """Logits [B,N] of images [B,H,W,C] in [-1, 1]; without classes the features [B,D] or [B,R].
+    """Logits. images [B,height,width,C] in [-1, 1] -> [B,N]; without classes [B,D] or [B,R].
 
     A key turns dropout on. data_axis and model_axis are names of mesh axes, for use inside
-    shard_map: a block adds up twice over model_axis and, with fsdp, gathers its 6 kernels over
-    data_axis. ValueError for images of another shape, dtype or range.
+    shard_map: each block does two all-reduces over model_axis and, with fsdp, six all-gathers over
+    data_axis. Raises ValueError for images of another shape, dtype or range.
     """
     x = encode(params, images, config, key=key, data_axis=data_axis, model_axis=model_axis)
     if config.pool == "token":
@@ -393,10 +420,12 @@ def forward(params, images, config: Config, *, key=None, data_axis=None, model_a
 
 
 def one_hot(labels, classes):
-    """Labels int [B] as rows of zeros with a single one. [B] -> float32 [B,N].
+    """Labels int [B] as rows with a single one. [B] -> float32 [B,N].
 
-    A label of -1 gives zeros alone. Any other label that is no class gives NaN, so that it shows.
+    The label -1 gives a row of zeros. Any other label that is not a class gives NaN, so that the
+    mistake shows in the loss.
     """
+    labels = labels.astype(jnp.int32)
     rows = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     known = (labels >= -1) & (labels < classes)
     return jnp.where(known[:, None], rows, jnp.nan)
@@ -405,9 +434,9 @@ def one_hot(labels, classes):
 def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=None):
     """Softmax cross-entropy in nats, the mean over the valid rows of all devices.
 
-    batch: {"images": [B,H,W,C] in [-1, 1], "labels": int [B], -1 where a row does not count, or
-    float [B,N] for mixtures of classes}. Returns the loss and {"loss": loss}. Without valid rows
-    it is zero.
+    batch: {"images": [B,height,width,C] in [-1, 1], "labels": int [B], -1 for rows to ignore, or
+    float [B,N], rows that sum to 1, for mixtures of classes}. Returns the loss and {"loss": loss}.
+    The loss is 0 if no row is valid.
     """
     logits = forward(
         params, batch["images"], config, key=key, data_axis=data_axis, model_axis=model_axis
@@ -420,12 +449,12 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
     if data_axis:
         total = lax.psum(total, data_axis)  # all-reduce: the rows of all devices
         count = lax.psum(count, data_axis)
-    loss = total / jnp.where(count > 0, count, 1)
+    loss = total / jnp.where(count > 0, count, 1)  # without a valid row 0, not 0/0
     return loss, {"loss": loss}
 
 
 def attention_maps(params, images, config: Config):
-    """Attention weights (Eq. 6) of every block. [B,H,W,C] in [-1, 1] -> [L,B,H,T,T]."""
+    """Attention weights (Eq. 6) of every block. [B,height,width,C] -> [L,B,H,T,S]."""
 
     def layer(x, weights):
         x, (q, k) = block(x, weights, config)
@@ -436,36 +465,42 @@ def attention_maps(params, images, config: Config):
 
 
 def attention_rollout(maps):
-    """What each token draws from each input token, through all blocks. [L,B,H,T,T] -> [B,T,T].
+    """The share of each input token in each output token. [L,B,H,T,S] -> [B,T,S].
 
-    Abnar & Zuidema, Sec. 3: A = 0.5 W + 0.5 I, where I stands for the residual connection,
-    multiplied from the first block on.
+    Abnar & Zuidema, Sec. 3: the product A_L ... A_2 A_1 over the blocks, where A = 0.5 W + 0.5 I,
+    W is the mean of the attention weights over the heads, and I the residual connection.
     """
-    layers = (maps.mean(2) + jnp.eye(maps.shape[-1])) / 2  # [L,B,T,T]
+    layers = (maps.mean(2) + jnp.eye(maps.shape[-1])) / 2  # [L,B,T,S]
     rollout = layers[0]
     for layer in layers[1:]:
         rollout = layer @ rollout
     return rollout
 
 
-# ==== Parameters: shape, sharding and initial value of each weight, declared once =================
+# ==== Parameters, fine-tuning, recipes ============================================================
 
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One weight; a leaf of trees, unlike a tuple."""
+    """What is declared of one weight. A dataclass, so that jax.tree takes it as a leaf."""
 
     shape: tuple
-    spec: P  # the mesh axis that cuts each axis; "data" counts with Config.fsdp only
+    spec: P  # the mesh axis that shards each array axis; "data" applies with Config.fsdp only
     init: Callable  # (key, shape, dtype) -> array
 
 
 def param_table(config: Config) -> dict:
     """The Param of each weight, as a nested dict. Blocks are stacked on a leading axis L."""
-    L, D, H, F, N = config.depth, config.width, config.heads, config.mlp, config.classes
-    C, T, R = config.channels, config.tokens, config.representation or config.width
-    h, w = config.patch_size
+    L = config.depth
+    D = config.width
+    H = config.heads
     K = D // H
+    F = config.mlp
+    T = config.tokens
+    R = config.representation or D
+    N = config.classes
+    C = config.channels
+    h, w = config.patch_size
 
     def dense(kernel, bias):
         return {"kernel": kernel, "bias": bias}
@@ -473,25 +508,25 @@ def param_table(config: Config) -> dict:
     def norm(*shape):
         return {"scale": Param(shape, P(), ones), "bias": Param(shape, P(), zeros)}
 
-    # Matrices are drawn as the official code draws them, [D,H,K] as if it were [D,H*K].
+    # As the official code: fan-in and fan-out of [D,H,K] are those of a matrix [D,H*K].
     split_heads = glorot_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
     merge_heads = glorot_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
     matrix = glorot_uniform(in_axis=1, out_axis=2, batch_axis=0)
-    heads = dense(
+    to_heads = dense(  # declared alike for all three, drawn separately
         Param((L, D, H, K), P(None, "data", "model", None), split_heads),
         Param((L, H, K), P(None, "model", None), zeros),
     )
     table = {
         "embed": dense(
-            Param((h, w, C, D), P(None, None, None, "data"), lecun_normal((0, 1, 2), 3)),
+            Param((h, w, C, D), P(None, None, None, "data"), lecun_normal(in_axis=(0, 1, 2))),
             Param((D,), P(), zeros),
         ),
         "position": Param((T, D), P(), normal(0.02)),
         "blocks": {
             "norm1": norm(L, D),
-            "query": heads,
-            "key": heads,
-            "value": heads,
+            "query": to_heads,
+            "key": to_heads,
+            "value": to_heads,
             "out": dense(
                 Param((L, H, K, D), P(None, "model", None, "data"), merge_heads),
                 Param((L, D), P(), zeros),
@@ -523,22 +558,22 @@ def init_params(key: jax.Array, config: Config) -> dict:
     """Float32 weights from the official distributions. Nested dict, shapes as in param_table."""
     table, treedef = jax.tree.flatten(param_table(config))
     keys = jax.random.split(key, len(table))
-    return treedef.unflatten(
-        [param.init(key, param.shape, jnp.float32) for key, param in zip(keys, table)]
-    )
+    arrays = [p.init(k, p.shape, jnp.float32) for k, p in zip(keys, table, strict=True)]
+    return treedef.unflatten(arrays)
 
 
 def interpolation_matrix(old, new):
-    """Linear interpolation between `old` samples at `new` points, corners aligned. -> [new,old]."""
+    """Matrix [new,old] that resamples `old` values at `new` points, linearly, ends aligned."""
     points = np.linspace(0, old - 1, new)
     distance = np.abs(points[:, None] - np.arange(old))
-    return np.maximum(0, 1 - distance)
+    return np.maximum(0, 1 - distance)  # the two nearest values share a weight of 1
 
 
 def resize_position_embedding(table, old_grid, new_grid, prefix):
-    """Positions for another grid of patches, by 2D interpolation (Sec. 3.2). [prefix+T,D] -> same.
+    """Position embeddings for another grid of patches, by 2D interpolation (Sec. 3.2).
 
-    Grids are (rows, columns). The first `prefix` rows, those of a class token, stay as they are.
+    [prefix+old,D] -> [prefix+new,D], for grids (rows, columns) of old and new patches. The first
+    `prefix` rows, that of a class token, stay as they are.
     """
     table = np.asarray(table)
     patches = math.prod(old_grid)
@@ -549,27 +584,23 @@ def resize_position_embedding(table, old_grid, new_grid, prefix):
     cells = table[prefix:].reshape(*old_grid, -1)  # [rows,columns,D]
     rows = interpolation_matrix(old_grid[0], new_grid[0])
     columns = interpolation_matrix(old_grid[1], new_grid[1])
-    cells = np.einsum("rR,cC,RCd->rcd", rows, columns, cells)
+    cells = np.einsum("rx,cy,xyd->rcd", rows, columns, cells)  # x, y: old rows and columns
     cells = cells.reshape(-1, table.shape[1]).astype(table.dtype)
     return np.concatenate([table[:prefix], cells])
 
 
 def adapt(params, old_config: Config, new_config: Config) -> dict:
-    """Pre-trained weights for fine-tuning (Sec. 3.2): positions resized, a new head of zeros.
+    """Pre-trained weights for fine-tuning (Sec. 3.2): positions resized, a new zero head.
 
-    The "pre_logits" layer is dropped where new_config has none, as the official code does.
-    ValueError where anything else differs in shape or meaning.
+    The "pre_logits" layer is dropped where new_config has none, as in the official code. Raises
+    ValueError if another field of the architecture differs. Other weights are not copied.
     """
-    for name in ("patch_size", "channels", "width", "depth", "heads", "mlp", "pool", "gelu"):
+    architecture = ("patch_size", "channels", "width", "depth", "heads", "mlp", "pool", "gelu")
+    for name in (*architecture, "representation"):
         old = getattr(old_config, name)
         new = getattr(new_config, name)
-        require(old == new, f"a checkpoint of {name}={old} cannot become {name}={new}")
-    old = old_config.representation
-    new = new_config.representation
-    require(
-        new is None or new == old,
-        f"a checkpoint of representation={old} cannot become representation={new}",
-    )
+        dropped = name == "representation" and new is None
+        require(old == new or dropped, f"a checkpoint of {name}={old} cannot become {name}={new}")
     table = param_table(new_config)
     params = {name: params[name] for name in table if name != "head"}
     params["position"] = resize_position_embedding(
@@ -581,21 +612,23 @@ def adapt(params, old_config: Config, new_config: Config) -> dict:
 
 
 class Recipe(NamedTuple):
-    """How a ViT-B/16 is trained; examples/train.py follows it."""
+    """Training hyper-parameters, which examples/train.py can follow."""
 
-    optimizer: str
+    optimizer: str  # "adam", b1=0.9 and b2=0.999, or "sgd", momentum 0.9
     batch: int
     steps: int
-    learning_rate: float
+    learning_rate: float  # the highest of the schedule
     decay: str  # of the learning rate, after a linear warm-up
     warmup: int  # steps
-    weight_decay: float  # of kernels only, times the learning rate
-    clip: float | None  # global norm of the gradient
+    weight_decay: float  # decoupled, of kernels only, multiplied by the learning rate
+    clip: float | None  # largest global norm of the gradient
     dropout: float
-    source: str
+    source: str  # quoted from the paper, or reproduced here
 
 
-RECIPES = {  # Pre-training at 224 pixels, epochs turned into steps; fine-tuning at 384 pixels.
+# Of ViT-B/16: pre-training at 224 pixels, steps = epochs x images / batch; fine-tuning at 384
+# pixels, where Table 4 has several learning rates to choose from. Columns as in Recipe.
+RECIPES = {
     "ImageNet-21k": Recipe(
         "adam", 4096, 312_000, 1e-3, "linear", 10_000, 0.03, None, 0.1, "quoted: Table 3"
     ),
@@ -616,22 +649,22 @@ RECIPES = {  # Pre-training at 224 pixels, epochs turned into steps; fine-tuning
 
 
 def gather(weights, table, config: Config, data_axis):
-    """Makes whole what fsdp has cut over the axis "data". Tree of arrays -> the same tree."""
+    """All-gathers weights that fsdp has sharded over "data". Tree of arrays -> the same tree."""
     if not config.fsdp or data_axis is None:
         return weights
 
     def whole(weight, param):
         if "data" not in tuple(param.spec):
             return weight
-        # Counted from the end, since a block's weight has lost its leading axis L.
-        axis = tuple(param.spec).index("data") - len(param.shape) + weight.ndim
-        return lax.all_gather(weight, data_axis, axis=axis, tiled=True)  # the other devices' parts
+        axis = tuple(param.spec).index("data")
+        axis -= len(param.shape) - weight.ndim  # inside the scan a block's weight has no axis L
+        return lax.all_gather(weight, data_axis, axis=axis, tiled=True)
 
     return jax.tree.map(whole, weights, table)
 
 
 def trimmed_spec(axes):
-    """PartitionSpec without None at the end: jit trims its own so, and another would recompile."""
+    """PartitionSpec without None at the end, as jit returns it; another form would recompile."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -639,12 +672,12 @@ def trimmed_spec(axes):
 
 
 def param_specs(config: Config, mesh) -> dict:
-    """The PartitionSpec of each weight. ValueError where the mesh does not divide a weight."""
+    """The PartitionSpec of each weight. Raises ValueError if the mesh does not divide a weight."""
 
     def spec_of(path, param):
         axes = []
         for size, axis in zip(param.shape, tuple(param.spec)):
-            devices = mesh.shape.get(axis, 1)
+            devices = 1 if axis is None else mesh.shape[axis]
             if devices == 1 or (axis == "data" and not config.fsdp):
                 axes.append(None)
                 continue
@@ -668,49 +701,61 @@ class State(NamedTuple):
 
 
 def slot_spec(slot, spec, param):
-    """The PartitionSpec of an optimizer's slot: that of its weight, on the axes that both have."""
+    """The PartitionSpec of an optimizer's array: that of its weight, where their sizes agree."""
     if slot.ndim != param.ndim:
         return P()
-    axes = tuple(spec)
-    shared = [a if n == m else None for a, n, m in zip(axes, slot.shape, param.shape)]
-    return trimmed_spec(shared)
+    axes = []
+    for i, axis in enumerate(tuple(spec)):
+        axes.append(axis if slot.shape[i] == param.shape[i] else None)
+    return trimmed_spec(axes)
 
 
-def init_state(key, config: Config, optimizer, mesh) -> State:
-    """Weights, optimizer state and step 0, each made where it belongs on the mesh."""
+def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
+    """Weights, optimizer state and step 0, each created on the mesh with its sharding.
 
-    def init(key):
-        params = init_params(key, config)
+    The weights are copies of `params` if given, for example from load or adapt; else they are
+    drawn. mesh has the axes "data" and "model", both Auto; optimizer is any of optax.
+    """
+
+    def init(key, params):
+        if params is None:
+            params = init_params(key, config)
+        params = jax.tree.map(jnp.copy, params)  # a train step will give its state away
         return State(params, optimizer.init(params), jnp.int32(0))
 
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(init, key, params)
     specs = param_specs(config, mesh)
-    slots = optax.tree_map_params(
+    slot_specs = optax.tree_map_params(
         optimizer,
-        slot_spec,
+        slot_spec,  # for arrays that belong to a weight
         shapes.opt_state,
         specs,
         shapes.params,
         transform_non_params=lambda _: P(),
     )
-    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), State(specs, slots, P()))
-    return jax.jit(init, out_shardings=shardings)(key)
+    shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), State(specs, slot_specs, P()))
+    return jax.jit(init, out_shardings=shardings)(key, params)
+
+
+def communicating(mesh, axis):
+    """The name of a mesh axis, or None if it has one device and needs no communication."""
+    if mesh.shape[axis] == 1:
+        return None
+    return axis
 
 
 def global_loss(config: Config, mesh):
-    """loss_fn of a whole batch on the mesh: (params, batch, key) -> (loss, metrics)."""
-    axes = {}
-    for axis in ("data", "model"):
-        if mesh.shape.get(axis, 1) > 1:  # an axis of one device needs no communication
-            axes[f"{axis}_axis"] = axis
+    """loss_fn for a whole batch on the mesh: (params, batch, key) -> (loss, metrics)."""
+    data_axis = communicating(mesh, "data")
+    model_axis = communicating(mesh, "model")
 
     def local_loss(params, batch, key):
-        return loss_fn(params, batch, key, config, **axes)
+        return loss_fn(params, batch, key, config, data_axis=data_axis, model_axis=model_axis)
 
     sharded_loss = jax.shard_map(
         local_loss,
         mesh=mesh,
-        in_specs=(param_specs(config, mesh), P(axes.get("data_axis")), P()),
+        in_specs=(param_specs(config, mesh), P(data_axis), P()),
         out_specs=P(),
     )
 
@@ -724,16 +769,16 @@ def global_loss(config: Config, mesh):
 
 
 def make_train_step(config: Config, optimizer, mesh, gradient=None):
-    """One jitted step: (state, batch, key) -> (state, metrics). The old state is given away.
+    """One jitted step: (state, batch, key) -> (state, metrics). It donates the old state.
 
-    batch and metrics are those of loss_fn; key is the same in every step, state.step is folded in.
-    gradient, if given, replaces the plain gradient of global_loss: a function
-    (params, batch, key, step) -> ((loss, metrics), grads).
+    batch and metrics are those of loss_fn. Pass the same key in every step: state.step is folded
+    in. gradient, if given, replaces the plain gradient of global_loss, for example to accumulate
+    microbatches or for SAM: a function (params, batch, key, step) -> ((loss, metrics), grads).
     """
     loss = global_loss(config, mesh)
 
     def plain_gradient(params, batch, key, step):
-        # Differentiated from outside shard_map, which adds the all-reduce of the gradients itself.
+        # Differentiated from outside: the transpose of shard_map all-reduces the gradients.
         return jax.value_and_grad(loss, has_aux=True)(params, batch, key)
 
     gradient = gradient or plain_gradient
@@ -756,7 +801,7 @@ OFFICIAL_LAYERS = {  # ours -> name in the checkpoints of vision_transformer
     "pre_logits": "pre_logits",
     "head": "head",
 }
-OFFICIAL_BLOCK = {  # below Transformer/encoderblock_0, 1, ...
+OFFICIAL_BLOCK = {  # below Transformer/encoderblock_0, encoderblock_1, ...
     "norm1": "LayerNorm_0",
     "query": "MultiHeadDotProductAttention_1/query",
     "key": "MultiHeadDotProductAttention_1/key",
@@ -767,12 +812,16 @@ OFFICIAL_BLOCK = {  # below Transformer/encoderblock_0, 1, ...
     "mlp2": "MlpBlock_3/Dense_1",
 }
 OFFICIAL_POSITION = "Transformer/posembed_input/pos_embedding"
-NEWER_BLOCK = {  # Newer versions of the official code count each kind of layer by itself.
+NEWER_BLOCK = {  # Newer versions of the official code number each type of layer separately.
     "LayerNorm_1/": "LayerNorm_2/",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
     "MlpBlock_0/": "MlpBlock_3/",
 }
-PREFIXES = ("params/", "opt/target/", "img/")  # training states, older ones, LiT's image tower
+PREFIXES = (
+    "params/",  # of training states
+    "opt/target/",  # of older training states
+    "img/",  # of the image tower of LiT
+)
 
 
 def named_leaves(tree) -> dict:  # same in every file
@@ -782,10 +831,11 @@ def named_leaves(tree) -> dict:  # same in every file
 
 
 def released_names(flat) -> dict:
-    """The arrays of a checkpoint under the names of the released files, without a prefix."""
+    """The arrays of a checkpoint under the names of the released files, known prefixes removed."""
     for prefix in PREFIXES:
         below = {n.removeprefix(prefix): array for n, array in flat.items() if n.startswith(prefix)}
-        flat = below or flat
+        if below:
+            flat = below
     renamed = {}
     for name, array in flat.items():
         if name.startswith("Transformer/encoderblock_"):
@@ -796,83 +846,82 @@ def released_names(flat) -> dict:
 
 
 def infer_config(flat, **fields) -> Config:
-    """The Config that the arrays of a released checkpoint have. ValueError if it is no ViT.
+    """The Config of a released checkpoint, read from the shapes of its arrays.
 
-    fields are what the arrays do not tell, such as gelu="exact", or image_size where the patches
-    form no square.
+    fields are what no shape tells, such as gelu="exact", or image_size where the patches do not
+    form a square. Raises ValueError if the arrays are not those of a ViT.
     """
     flat = released_names(flat)
 
     def shape(name, rank):
-        require(name in flat, f"the checkpoint has no array {name}: it is no ViT of this kind")
+        require(name in flat, f"the checkpoint has no array {name}: it is not a ViT of this kind")
         found = np.shape(flat[name])
-        require(len(found) == rank, f"{name} is {found}, which has not {rank} axes")
+        require(len(found) == rank, f"{name} has shape {found}, not {rank} axes")
         return found
 
     h, w, channels, width = shape("embedding/kernel", 4)
     pool = "token" if "cls" in flat else "gap"
-    patches = shape(OFFICIAL_POSITION, 3)[1] - (pool == "token")
-    side = math.isqrt(patches)
     if "image_size" not in fields:
+        patches = shape(OFFICIAL_POSITION, 3)[1] - (pool == "token")
+        side = math.isqrt(patches)
         require(
             side**2 == patches,
-            f"the position table has {patches} patches, which form no square: give image_size",
+            f"the position table has {patches} patches, which do not form a square: "
+            "give image_size=(height, width)",
         )
         fields["image_size"] = (side * h, side * w)
-    first = "Transformer/encoderblock_0"
-    blocks = {name.split("/")[1] for name in flat if name.startswith("Transformer/encoderblock_")}
-    classes = 0
+    block = "Transformer/encoderblock_"
+    inferred = {
+        "patch_size": (h, w),
+        "channels": channels,
+        "width": width,
+        "depth": len({name.split("/")[1] for name in flat if name.startswith(block)}),
+        "heads": shape(f"{block}0/{OFFICIAL_BLOCK['query']}/kernel", 3)[1],
+        "mlp": shape(f"{block}0/{OFFICIAL_BLOCK['mlp1']}/kernel", 2)[1],
+        "classes": 0,
+        "pool": pool,
+    }
     if "head/kernel" in flat:
-        classes = shape("head/kernel", 2)[1]
-    representation = None
+        inferred["classes"] = shape("head/kernel", 2)[1]
     if "pre_logits/kernel" in flat:
-        representation = shape("pre_logits/kernel", 2)[1]
-    return Config(
-        patch_size=(h, w),
-        channels=channels,
-        width=width,
-        depth=len(blocks),
-        heads=shape(f"{first}/{OFFICIAL_BLOCK['query']}/kernel", 3)[1],
-        mlp=shape(f"{first}/{OFFICIAL_BLOCK['mlp1']}/kernel", 2)[1],
-        classes=classes,
-        pool=pool,
-        representation=representation,
-        **fields,
-    )
+        inferred["representation"] = shape("pre_logits/kernel", 2)[1]
+    return Config(**{**inferred, **fields})
 
 
 def official_places(config: Config) -> dict:
-    """Official name -> (path of our weight, index into it that has the official shape)."""
+    """Official name -> (path of our weight, index that gives it the official shape)."""
     places = {}
     for path in named_leaves(param_table(config)):  # "blocks/mlp1/kernel", "head/bias", "class"
         layer, *rest = path.split("/")
         if layer == "class":
-            places["cls"] = path, (None, None)  # official [1,1,D], ours [D]
+            places["cls"] = path, (np.newaxis, np.newaxis)  # ours [D], official [1,1,D]
         elif layer == "position":
-            places[OFFICIAL_POSITION] = path, None  # official [1,T,D], ours [T,D]
+            places[OFFICIAL_POSITION] = path, np.newaxis  # ours [T,D], official [1,T,D]
         elif layer == "blocks":
             name, kind = rest
             for i in range(config.depth):
                 official = f"Transformer/encoderblock_{i}/{OFFICIAL_BLOCK[name]}/{kind}"
                 places[official] = path, i
         else:
-            places[f"{OFFICIAL_LAYERS[layer]}/{rest[0]}"] = path, ...
+            places[f"{OFFICIAL_LAYERS[layer]}/{rest[0]}"] = path, ...  # the whole array
     return places
 
 
 def check_names(found, expected, where):  # same in every file
-    """ValueError for an array that is missing, unknown or misshaped. Two dicts of arrays."""
-    for name in sorted(found.keys() | expected.keys()):
-        shapes = [
-            np.shape(arrays[name]) if name in arrays else "nothing" for arrays in (found, expected)
-        ]
-        require(shapes[0] == shapes[1], f"{where}: {name} is {shapes[0]}, should be {shapes[1]}")
+    """Raises ValueError unless both dicts of arrays have the same names and shapes."""
+    for name in sorted(expected):
+        require(name in found, f"{where}: {name} is missing")
+    for name in sorted(found):
+        require(name in expected, f"{where}: {name} is unknown")
+        got = np.shape(found[name])
+        wanted = np.shape(expected[name])
+        require(got == wanted, f"{where}: {name} has shape {got}, not {wanted}")
 
 
 def from_official(flat, config: Config) -> dict:
-    """Parameters from the arrays of a released checkpoint, float32 in host memory.
+    """Parameters from the arrays of a released checkpoint, as float32 numpy arrays.
 
-    Known prefixes of names are dropped, and so is what lies outside them. ValueError for an array
+    If names have a known prefix, only the arrays below it are used. Raises ValueError for an array
     that is missing, unknown, of a wrong shape, not numeric or not finite.
     """
     flat = released_names(flat)
@@ -885,7 +934,7 @@ def from_official(flat, config: Config) -> dict:
         array = np.asarray(flat[name])
         require(
             jnp.issubdtype(array.dtype, jnp.number),
-            f"checkpoint: {name} is {array.dtype}, not numbers",
+            f"checkpoint: {name} is {array.dtype}, not numeric",
         )
         leaves[path][index] = array.astype(np.float32)
     for name, leaf in leaves.items():
@@ -903,7 +952,7 @@ def to_official(params, config: Config) -> dict:
 
 
 def write_npz(path, arrays):  # same in every file
-    """Writes named arrays whole or not at all. ValueError where they cannot be written."""
+    """Writes named arrays whole or not at all. Raises ValueError if they cannot be written."""
     partial = f"{path}.{os.getpid()}.part"
     try:
         with open(partial, "wb") as file:
@@ -912,28 +961,31 @@ def write_npz(path, arrays):  # same in every file
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):  # it is gone once it has its name
+        with contextlib.suppress(OSError):  # after a success there is nothing to remove
             os.remove(partial)
 
 
 def read_npz(path) -> dict:  # same in every file
-    """The named arrays of an .npz. ValueError unless it is whole and holds nothing but arrays."""
+    """The named arrays of an .npz. Raises ValueError unless it is whole and holds arrays only."""
     require(os.path.exists(path), f"{path} does not exist")
-    require(zipfile.is_zipfile(path), f"{path} is no .npz, or it was cut off")
+    require(zipfile.is_zipfile(path), f"{path} is not an .npz, or only the first part of one")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # numpy passes on what zipfile, zlib and the system raise
+    except Exception as error:  # numpy lets through what zipfile, zlib and the system raise
         raise ValueError(f"{path} is not a readable .npz of plain arrays: {error}") from None
     for name, array in arrays.items():
-        require(isinstance(array, np.ndarray), f"{path} is no .npz: {name} is no array")
+        require(isinstance(array, np.ndarray), f"{path} is not an .npz: {name} is not an array")
         if array.dtype.str == "|V2":  # how numpy stores bfloat16
             arrays[name] = array.view(jnp.bfloat16)
     return arrays
 
 
 def save(path, params, config: Config):
-    """Writes an .npz under official names, which load and the official code read."""
+    """Writes an .npz under official names, which load and the official code read.
+
+    Config.gelu is not in it. Raises ValueError for weights that are not finite.
+    """
     flat = to_official(params, config)
     for name, array in flat.items():
         require(np.isfinite(array).all(), f"{name} holds values that are not finite: not saved")
@@ -941,7 +993,7 @@ def save(path, params, config: Config):
 
 
 def load(path, config: Config) -> dict:
-    """Parameters from an .npz under official names; ValueError as from_official and read_npz."""
+    """Parameters from an .npz under official names. Raises as read_npz and from_official do."""
     return from_official(read_npz(path), config)
 
 
@@ -950,18 +1002,18 @@ def load(path, config: Config) -> dict:
 DIGITS = Config(
     image_size=28, patch_size=7, channels=1, classes=10, width=128, depth=3, heads=4, mlp=256
 )
-EVERY = 100  # steps between lines of progress
+REPORT = 100  # steps between lines of progress
 EXPECTED = 97.2  # per cent of the held-out digits, with the default flags
 FLOOR = 96.5
 
 
 def make_mesh(text):  # same in every file
-    """The mesh of --mesh data=4,model=2; CPU devices are simulated where there are no others."""
+    """A mesh from text such as "data=4,model=2". Without an accelerator CPUs are simulated."""
     match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
     require(match, f"--mesh {text} is not of the form data=4,model=2")
     shape = (int(match[1]), int(match[2]))
     needed = math.prod(shape)
-    with contextlib.suppress(RuntimeError):  # JAX is in use already: its devices are counted below
+    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
         jax.config.update("jax_num_cpu_devices", needed)
     count = jax.device_count()
     require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
@@ -969,15 +1021,15 @@ def make_mesh(text):  # same in every file
 
 
 def check_out(path):  # same in every file
-    """ValueError unless a figure can be written to path."""
+    """Raises ValueError unless a figure can be written to path."""
     path = pathlib.Path(path)
-    require(path.suffix in (".png", ".pdf", ".svg"), f"--out {path} is no .png, .pdf or .svg")
+    require(path.suffix in (".png", ".pdf", ".svg"), f"--out {path} is not a .png, .pdf or .svg")
     require(not path.is_dir(), f"--out {path} is a folder")
     require(os.access(path.parent, os.W_OK), f"--out {path}: its folder cannot be written to")
 
 
 def load_digits(path):
-    """Pictures uint8 [N,28,28,1] and labels int32 [N], shuffled, since the file is sorted."""
+    """Pictures uint8 [B,28,28,1] and labels int32 [B], shuffled: the file is sorted by label."""
     data = read_npz(path)
     images = data.get("images", np.zeros(0))
     labels = data.get("labels", np.zeros(0))
@@ -987,64 +1039,65 @@ def load_digits(path):
         and labels.dtype.kind in "iu"
         and len(images) == len(labels) >= 10,
         f"{path}: images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape} "
-        "are not uint8 [N,28,28] and integers [N]; examples/train.py takes other pictures",
+        "are not uint8 [B,28,28] and integers [B]; for other pictures there is examples/train.py",
     )
     order = np.random.default_rng(0).permutation(len(images))
     return images[order][..., None], labels[order].astype(np.int32)
 
 
 def augment(images, rng):
-    """Shifts each picture by up to two pixels. uint8 [B,H,W,C] -> the same."""
-    B, H, W, _ = images.shape
+    """Shifts each picture by up to two pixels in any direction. uint8 [B,height,width,C]."""
+    B, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    down, across = rng.integers(0, 5, (2, B, 1, 1))
-    rows = down + np.arange(H)[:, None]  # [B,H,1]
-    columns = across + np.arange(W)  # [B,1,W]
+    down, across = rng.integers(0, 5, (2, B, 1, 1))  # 2: not moved
+    rows = down + np.arange(height)[:, None]  # [B,height,1]
+    columns = across + np.arange(width)  # [B,1,width]
     return padded[np.arange(B)[:, None, None], rows, columns]
 
 
 def place(mesh, images, labels):
-    """A batch on the mesh. uint8 [B,H,W,C], int [B] -> {"images": in [-1, 1], "labels"}."""
+    """A batch on the mesh: images uint8 [B,height,width,C] become floats in [-1, 1]."""
     batch = {"images": images.astype(np.float32) / 127.5 - 1, "labels": labels}
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
 def train(config: Config, mesh, images, labels, steps, seed):
-    """Weights after training on uint8 [N,H,W,C], int [N] by the recipe "digits"."""
+    """Trains on images uint8 [...,28,28,1] and their labels. Returns the weights."""
     recipe = RECIPES["digits"]
     warmup = min(recipe.warmup, steps - 1)
     rate = optax.warmup_cosine_decay_schedule(0, recipe.learning_rate, warmup, steps)
 
-    def kernels(params):
+    def kernels(params):  # weight decay is for them alone
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         optax.adamw(rate, weight_decay=recipe.weight_decay, mask=kernels),
     )
-    state = init_state(jax.random.key(seed), config, optimizer, mesh)
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    state = init_state(init_key, config, optimizer, mesh)
     step = make_train_step(config, optimizer, mesh)
     rng = np.random.default_rng(seed)
     started = time.time()
     for i in range(1, steps + 1):
         rows = rng.integers(len(images), size=recipe.batch)
         batch = place(mesh, augment(images[rows], rng), labels[rows])
-        state, metrics = step(state, batch, jax.random.key(seed))
+        state, metrics = step(state, batch, step_key)
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {i}: the loss is {loss}")
-        if i % EVERY == 0 or i == steps:
+        if i % REPORT == 0 or i == steps:
             left = (time.time() - started) / i * (steps - i)
             print(f"step {i}/{steps}  loss {loss:.3f} nats  {left:.0f} s left", flush=True)
     return state.params
 
 
 def accuracy(params, config: Config, mesh, images, labels):
-    """Per cent of uint8 [N,H,W,C] that get their labels int [N], batch by batch."""
+    """Accuracy in per cent on images uint8 [...,28,28,1] and their labels, batch by batch."""
 
     @jax.jit
     def count_right(params, batch):
-        # Outside shard_map: XLA itself divides the work, as the weights and rows lie.
+        # Without shard_map: XLA divides the work by the shardings of weights and images.
         guesses = forward(params, batch["images"], config).argmax(-1)
         return (guesses == batch["labels"]).sum()
 
@@ -1052,16 +1105,18 @@ def accuracy(params, config: Config, mesh, images, labels):
     right = 0
     for first in range(0, len(images), size):
         rows = np.arange(first, first + size)
-        answers = np.where(rows < len(images), labels[rows % len(images)], -1)  # -1: padding
-        right += int(count_right(params, place(mesh, images[rows % len(images)], answers)))
+        inside = rows < len(images)
+        rows = rows % len(images)  # the last batch is filled up with the first images
+        answers = np.where(inside, labels[rows], -1)  # -1 is never a guess
+        right += int(count_right(params, place(mesh, images[rows], answers)))
     return 100 * right / len(images)
 
 
 def draw(path, params, config: Config, images, labels):
-    """The first picture of each digit with its prediction; below, where the class token looks."""
+    """The first image of each digit with its prediction, and the rollout of the class token."""
     import matplotlib.pyplot as plt
 
-    shown = np.unique(labels, return_index=True)[1]
+    _, shown = np.unique(labels, return_index=True)
     images = images[shown]
     labels = labels[shown]
     inputs = preprocess(images)
@@ -1080,41 +1135,49 @@ def draw(path, params, config: Config, images, labels):
             ax.set_axis_off()
         smooth = jax.image.resize(heat[i], config.image_size, "bilinear")
         bottom.imshow(smooth, cmap="inferno", alpha=0.7)
-    figure.suptitle("Held-out digits with predictions; below, where the class token looks")
+    figure.suptitle("Held-out digits with predictions; below, what the class token attends to")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main(argv=None) -> int:
-    """Exit status 1 below the floor or if the loss is not finite, 2 for bad input: one line."""
+    """Returns the exit status: 1 below the floor or if the loss is not finite, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Trains a small Vision Transformer on digits.")
     data = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
-    parser.add_argument("--steps", type=int, default=RECIPES["digits"].steps)
+    recipe = RECIPES["digits"]
+    parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mesh", default="data=1,model=1", help="devices for rows, for heads")
-    parser.add_argument("--fsdp", action="store_true", help="cut weights over data as well")
+    parser.add_argument("--mesh", default="data=1,model=1", help="number of devices on each axis")
+    parser.add_argument("--fsdp", action="store_true", help="shard the weights over data too")
     parser.add_argument("--data", default=data, help=".npz of digits")
-    parser.add_argument("--out", default="vit.png", help="the figure")
+    parser.add_argument("--out", default="vit.png", help="where to draw the figure")
     args = parser.parse_args(argv)
     try:
         require(args.steps >= 1, f"--steps {args.steps} is not at least 1")
         require(0 <= args.seed < 2**32, f"--seed {args.seed} is not in 0 to {2**32 - 1}")
         check_out(args.out)
         images, labels = load_digits(args.data)
-        held = len(images) // 5
         config = dataclasses.replace(DIGITS, fsdp=args.fsdp)
         mesh = make_mesh(args.mesh)
-        print(f"{len(images)} digits, {held} held out, on {mesh.size} {jax.default_backend()}(s)")
-        params = train(config, mesh, images[held:], labels[held:], args.steps, args.seed)
+        param_specs(config, mesh)  # raises if the mesh does not divide the weights
+        devices = mesh.shape["data"]
+        require(
+            recipe.batch % devices == 0,
+            f"--mesh {args.mesh}: the batch of {recipe.batch} is not a multiple of data={devices}",
+        )
     except ValueError as error:
         print(f"vit.py: {error}", file=sys.stderr)
         return 2
+
+    held = len(images) // 5
+    print(f"{len(images)} digits, {held} held out, on {mesh.size} {jax.default_backend()}(s)")
+    try:
+        params = train(config, mesh, images[held:], labels[held:], args.steps, args.seed)
     except FloatingPointError as error:
         print(f"vit.py: {error}", file=sys.stderr)
         return 1
-
     got = accuracy(params, config, mesh, images[:held], labels[:held])
-    known = (args.steps, args.seed, args.data) == (RECIPES["digits"].steps, 0, data)
+    known = (args.steps, args.seed, args.data) == (recipe.steps, 0, data)
     if known:
         expected = f"expected {EXPECTED} %, at least {FLOOR} %"
     else:
@@ -1123,20 +1186,20 @@ def main(argv=None) -> int:
     try:
         draw(args.out, params, config, images[:held], labels[:held])
         print(f"wrote {args.out}")
-    except Exception as error:  # no matplotlib, or one that cannot draw here
+    except Exception as error:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {error}")
     return int(known and got < FLOOR)
 
 
 def run_program(main):  # same in every file
-    """Ends the process with main's exit status; after Ctrl-C or `| head` without a traceback."""
+    """Exits with the status that main returns; after Ctrl-C or `| head` without a traceback."""
     try:
         status = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
         status = 141
     sys.exit(status)
 

@@ -1,11 +1,16 @@
-"""vit.py beside a plain flax.linen ViT with the same weights, and beside timm where it can be imported.
+"""vit.py beside a plain flax.linen ViT with the same weights, and beside timm where it is there.
 
-What      Times: forward pass, train step (Adam, donated), compilation. Figures that no noise touches: FLOPs,
-          temporary bytes, lines of StableHLO. On a GPU also model FLOPs utilisation in bfloat16.
-How       One process; each round runs every contender once, in random order; medians over the rounds after
-          two that warm up. The logits of the two networks are compared before anything is timed.
-Run       make bench FILE=vit   or   python bench/bench_vit.py --batch 8 --pairs 11 --size S/16
+What      Times: forward pass, train step (Adam, state donated), compilation.
+          Figures that no noise touches: FLOPs, temporary bytes, lines of StableHLO.
+          On a GPU also the model FLOPs utilisation in bfloat16; that part has not yet been run.
+How       One process. Each round runs every contender once, in random order; medians over the
+          rounds after two that warm up. Before anything is timed, all must give the same logits.
+Run       make bench FILE=vit
+          python bench/bench_vit.py --batch 8 --pairs 11 --size S/16
           About 5 minutes on two CPU cores. Replaces the section of vit.py in bench/RESULTS.md.
+Before    To race an earlier version of vit.py in the same rounds:
+          git show COMMIT:vit.py > /tmp/earlier.py
+          python bench/bench_vit.py --before /tmp/earlier.py
 """
 
 import argparse
@@ -13,6 +18,8 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import functools
+import importlib.util
 import math
 import os
 import pathlib
@@ -21,6 +28,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable
 
 import flax
 import flax.linen as nn
@@ -34,35 +42,38 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for `import vit`, started from any folder
 import vit  # noqa: E402
 
-# Copied into RESULTS.md by every run.
+# Every run copies this text into RESULTS.md.
 TRIED = """
 ### What was tried
 
-Two CPU cores, S/16, batch 8, float32, JAX 0.10.2. These were measured while vit.py was written.
+Two CPU cores, S/16, batch 8, float32, JAX 0.10.2. These were measured while vit.py was first
+written; later it was rewritten for its readers.
 
 | tried | gave | kept |
 | --- | --- | --- |
-| heads before tokens, attention alone | forward 10.4 -> 5.6 ms, and gradient 17.5 -> 15.3 ms | yes |
+| heads before tokens, attention alone | forward 10.4 -> 5.6 ms, gradient 17.5 -> 15.3 ms | yes |
 | heads before tokens, whole step | from 0.90 to 1.06 times flax's speed | yes |
-| jax.checkpoint around GELU | 9.7 MB less temporaries at equal speed | yes |
 | jax.checkpoint around attention_reference | the same bytes | no |
-| softmax divided by its sum after the product with v | 1.01 times the speed, 12.5 MB less | yes |
 
-The next six are in vit.py together; before them it had 193.4 MB and 0.94 to 0.99 of flax's speed. Each was
-left out in turn: speed then, by the lower quartile of 14 interleaved steps, and temporary bytes of the step.
+Eight smaller optimisations were in the first vit.py together. Each was left out in turn: speed
+then, by the lower quartile of 14 interleaved steps, and temporary bytes of the step; the last was
+measured before the others were there. The rewrite took four of them out again, because together
+they gave 3 % of a step and 7 % of the temporary bytes.
 
-| left out | speed | MB |
-| --- | --- | --- |
-| none | 1.00 | 201.3 |
-| no collectives over a mesh axis of one device (they copy) | 0.94 | 205.2 |
-| x after attention (Eq. 2) is kept for the backward pass | 0.96 | 189.3 |
-| biases are added before the reshape to heads | 0.97 | 201.3 |
-| q, k, v as one product instead of three | 0.98 | 201.2 |
-| derivative of LayerNorm by hand | 0.99 | 206.1 |
-| kernel of mlp2 stored transposed | 0.99 | 201.3 |
+| left out | speed | MB | in vit.py now |
+| --- | --- | --- | --- |
+| none | 1.00 | 201.3 | |
+| no collectives over a mesh axis of one device (they copy) | 0.94 | 205.2 | yes |
+| x after attention (Eq. 2) is kept for the backward pass | 0.96 | 189.3 | yes |
+| biases are added before the reshape to heads | 0.97 | 201.3 | yes |
+| q, k, v as one product instead of three | 0.98 | 201.2 | yes |
+| derivative of LayerNorm by hand | 0.99 | 206.1 | taken out |
+| jax.checkpoint around GELU | 0.99 | 213.4 | taken out |
+| kernel of mlp2 stored transposed | 0.99 | 201.3 | taken out |
+| softmax divided by its sum after the product with v | 0.99 | 12.5 more | taken out |
 
-These were not kept. Speed is relative to vit.py of that time; differences below 2 % mean nothing. Without a
-speed, only bytes were measured.
+These were not kept. Speed is relative to vit.py of that time; differences below 2 % mean nothing.
+Without a speed, only bytes were measured.
 
 | tried | speed | MB | then |
 | --- | --- | --- | --- |
@@ -77,41 +88,130 @@ speed, only bytes were measured.
 | checkpoint policy: keep q, k, v | | 293.0 | 205.9 |
 | checkpoint policy: dots_with_no_batch_dims_saveable | | 421.3 | 205.9 |
 | jax.checkpoint around each half of a block | 0.99 | 207.7 | 193.4 |
-| derivative of the softmax's division from the quotient | 1.00 | 201.3 | 201.3 |
-| no jax.checkpoint around GELU | 0.99 | 213.4 | 201.3 |
 | q, k, v stored as one weight | 0.99 | 201.3 | 201.3 |
 
-1.1 times flax's speed was not found. A step is bound by its products: 264 GFLOP, of which 45 are computed
-twice to save bytes, at the 208 GFLOP/s that a product of [1576,384] and [384,1536] reaches here alone take
-1.27 s. What the profiler shows beside them, per step of 1.58 s: 41 ms until the zeros are written into which
-lax.scan stacks activations and gradients; two of the attention products of a block run on one core (2.7 ms
-each), and two need 5.4 ms of processor time where 2.6 would do, since their left operand is transposed.
-This code was measured five times beside flax: in one run of this script 1.025 times its speed (15 pairs), in
-a second run 0.993 (15), in races of the two steps alone 1.012, 1.014 (12 each) and 0.993 (50). Over all 104
-pairs that is 1.00: the two are equal within the noise of this machine.
-With JAX 0.12.0.1 on Python 3.13 the step reached 0.92 to 0.94 of flax's speed (10 pairs), with 211.0 MB.
+1.1 times flax's speed was not found. A step is bound by its products: 264 GFLOP, of which 45 are
+computed twice to save bytes, take 1.27 s at the 208 GFLOP/s that a product of [1576,384] and
+[384,1536] reaches here alone. Of the 0.3 s beside them, 41 ms pass until the zeros are written into
+which lax.scan stacks activations and gradients, and two of the attention products of a block run on
+one core. Before the rewrite 104 pairs in five races gave 1.00 times flax's speed, between 0.993 and
+1.025. With JAX 0.12.0.1 on Python 3.13 it was 0.92 to 0.94 (10 pairs), with 211.0 MB.
 """
 
-# ==== Contenders ============================================================================================
-
-# init() -> (params, opt_state); forward(params, images) -> [B,N]; loss(params, *batch) -> scalar
-# step(params, opt_state, *batch) -> (params, opt_state, loss); batch: images, labels, and for ours a key
-Contender = collections.namedtuple("Contender", "init forward loss step batch")
 OPTIMIZER = optax.adam(1e-3)
 
-# released name -> name in the peer below
-RENAMED = {"Transformer/": "", "posembed_input/pos_embedding": "position", "encoder_norm": "norm"}
-RENAMED |= {"MlpBlock_3/": "", "LayerNorm_2": "LayerNorm_1", "Attention_1": "Attention_0"}
+# ==== Contenders: vit.py and earlier versions of it ===============================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A network and its train step: step(*state, *batch) -> (*state, loss). State is donated."""
+
+    init: Callable  # () -> state, a tuple
+    params_of: Callable  # state -> weights
+    from_official: Callable  # weights under their released names -> weights
+    forward: Callable  # (weights, images) -> logits [B,N]
+    loss: Callable  # (weights, *batch) -> a number
+    step: Callable
+    images: jax.Array
+    batch: tuple
+
+
+def present_interface(module, config, mesh, images, labels) -> Contender:
+    """A vit.py whose train step takes a State and a batch."""
+    key = jax.random.key(0)
+
+    def init():
+        state = module.init_state(key, config, OPTIMIZER, mesh)
+        return (state,)
+
+    def params_of(state):
+        return state[0].params
+
+    def loss(params, batch, key):
+        value, _ = module.loss_fn(params, batch, None, config)  # no key, since nothing is dropped
+        return value
+
+    return Contender(
+        init=init,
+        params_of=params_of,
+        from_official=functools.partial(module.from_official, config=config),
+        forward=jax.jit(functools.partial(module.forward, config=config)),
+        loss=loss,
+        step=module.make_train_step(config, OPTIMIZER, mesh),
+        images=images,
+        batch=({"images": images, "labels": labels}, key),
+    )
+
+
+def earlier_interface(module, config, mesh, images, labels) -> Contender:
+    """A vit.py whose train step takes weights, optimizer state, images and labels."""
+    key = jax.random.key(0)
+
+    def init():
+        return module.init_state(key, config, OPTIMIZER, mesh)
+
+    def params_of(state):
+        return state[0]
+
+    def loss(params, images, labels, key):
+        return module.loss_fn(params, images, labels, config)
+
+    return Contender(
+        init=init,
+        params_of=params_of,
+        from_official=functools.partial(module.from_official, config=config),
+        forward=jax.jit(functools.partial(module.forward, config=config)),
+        loss=loss,
+        step=module.make_train_step(config, OPTIMIZER, mesh),
+        images=images,
+        batch=(images, labels, key),
+    )
+
+
+def make_vit(module, config, images, labels) -> Contender:
+    """vit.py, or an earlier version of it, on a mesh of one device, as its demo runs it."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    images, labels = jax.device_put((images, labels), NamedSharding(mesh, P("data")))
+    if hasattr(module, "State"):
+        return present_interface(module, config, mesh, images, labels)
+    return earlier_interface(module, config, mesh, images, labels)
+
+
+def import_earlier(path):
+    """The module in a file, under a name that leaves vit.py its own."""
+    name = "earlier_vit"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up while it is being run
+    spec.loader.exec_module(module)
+    return module
+
+
+# ==== Contenders: the peers =======================================================================
+
+RENAMED = {  # part of a released name -> what stands in its place in the flax peer
+    "Transformer/": "",
+    "posembed_input/pos_embedding": "position",
+    "encoder_norm": "norm",
+    "MlpBlock_3/": "",
+    "LayerNorm_2": "LayerNorm_1",
+    "Attention_1": "Attention_0",
+}
 
 
 class Block(nn.Module):
+    """A block of the flax peer."""
+
     config: vit.Config
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
         y = nn.LayerNorm()(x)
         x = x + nn.MultiHeadDotProductAttention(self.config.heads, deterministic=True)(y, y)
-        y = nn.gelu(nn.Dense(self.config.mlp)(nn.LayerNorm()(x)))
+        y = nn.LayerNorm()(x)
+        y = nn.Dense(self.config.mlp)(y)
+        y = nn.gelu(y)
         return x + nn.Dense(self.config.width)(y)
 
 
@@ -122,7 +222,8 @@ class Peer(nn.Module):
 
     @nn.compact
     def __call__(self, images):  # [B,H,W,C] -> [B,N]
-        D, patch = self.config.width, self.config.patch_size
+        D = self.config.width
+        patch = self.config.patch_size
         x = nn.Conv(D, patch, strides=patch, padding="VALID", name="embedding")(images)
         x = x.reshape(len(x), -1, D)
         token = self.param("cls", nn.initializers.zeros, (1, 1, D))
@@ -134,121 +235,182 @@ class Peer(nn.Module):
         return nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="head")(x)
 
 
-def make_ours(config, images, labels) -> Contender:
-    """vit.py on a mesh of one device, as its demo runs it."""
-    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    images, labels = jax.device_put((images, labels), NamedSharding(mesh, P("data")))
-    init = lambda: vit.init_state(jax.random.key(0), config, OPTIMIZER, mesh)
-    forward = jax.jit(lambda params, images: vit.forward(params, images, config))
-    loss = lambda params, images, labels, key: vit.loss_fn(params, images, labels, config)
-    step = vit.make_train_step(config, OPTIMIZER, mesh)
-    return Contender(init, forward, loss, step, (images, labels, jax.random.key(0)))
-
-
 def make_flax(config, images, labels) -> Contender:
-    """The peer as its users write it: jitted initialisation, optimizer.init outside, jitted step, donated."""
-    model, batch = Peer(config), jax.device_put((images, labels))
+    """The peer as its users write it: initialisation and step jitted, optimizer.init not."""
+    model = Peer(config)
+    images, labels = jax.device_put((images, labels))
 
     def init():
         params = jax.jit(model.init)(jax.random.key(0), images)["params"]
         return params, OPTIMIZER.init(params)
 
+    def params_of(state):
+        return state[0]
+
+    def from_official(flat):
+        renamed = {}
+        for name, array in flat.items():
+            for old, new in RENAMED.items():
+                name = name.replace(old, new)
+            renamed[name] = array
+        return flax.traverse_util.unflatten_dict(renamed, sep="/")
+
+    def forward(params, images):
+        return model.apply({"params": params}, images)
+
     def loss(params, images, labels):
-        logits = model.apply({"params": params}, images)
+        logits = forward(params, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def step(params, opt_state, images, labels):
         value, grads = jax.value_and_grad(loss)(params, images, labels)
         updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+        params = optax.apply_updates(params, updates)
+        return params, opt_state, value
 
-    forward = jax.jit(lambda params, images: model.apply({"params": params}, images))
-    return Contender(init, forward, loss, jax.jit(step, donate_argnums=(0, 1)), batch)
+    return Contender(
+        init=init,
+        params_of=params_of,
+        from_official=from_official,
+        forward=jax.jit(forward),
+        loss=loss,
+        step=jax.jit(step, donate_argnums=(0, 1)),
+        images=images,
+        batch=(images, labels),
+    )
 
 
-def check_equal(config, ours: Contender, peer: Contender):
-    """As many parameters in both, and with the same weights the same logits."""
-    params, theirs = ours.init()[0], peer.init()[0]
-    assert sum(x.size for x in jax.tree.leaves(params)) == sum(x.size for x in jax.tree.leaves(theirs))
-    params["head"]["kernel"] = jax.random.normal(jax.random.key(1), params["head"]["kernel"].shape)
-    theirs = {}
-    for name, array in vit.to_official(params, config).items():
-        for old in RENAMED:
-            name = name.replace(old, RENAMED[old])
-        theirs[name] = array
-    theirs = flax.traverse_util.unflatten_dict(theirs, sep="/")
-    got, want = ours.forward(params, ours.batch[0]), peer.forward(theirs, peer.batch[0])
-    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()  # jnp's max loses a NaN on a CPU
+def check_equal(config, contenders: dict):
+    """As many weights in all contenders, and with the same weights the same logits."""
+    params = vit.init_params(jax.random.key(0), config)
+    flat = vit.to_official(params, config)
+    rng = np.random.default_rng(1)
+    flat["head/kernel"] = rng.normal(size=flat["head/kernel"].shape).astype(np.float32)
+    want = None
+    for name, contender in contenders.items():
+        weights = contender.from_official(flat)
+        initial = contender.params_of(contender.init())
+        shapes = jax.tree.map(np.shape, weights)
+        assert shapes == jax.tree.map(np.shape, initial), f"{name} has other weights"
+        got = np.asarray(contender.forward(weights, contender.images))
+        if want is None:
+            want = got
+        error = np.abs(got - want).max() / np.abs(want).max()
+        assert error < 1e-4, f"the logits of {name} differ by {error:.1e} of the largest"
+
+
+def prepare_torchvision(torch):
+    """Declares two operators that torchvision expects and that torch for CPUs does not have."""
+    if torch.version.cuda is not None:
+        return
+    for name in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):  # it is there already
+            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
 
 
 def make_timm(size, images, labels, gpu=False) -> dict:
-    """timm's ViT in PyTorch: functions that run a forward pass, a train step, a product of matrices."""
+    """timm's ViT in PyTorch: functions that run a forward pass, a train step, a matrix product.
+
+    With gpu it is compiled and computes in bfloat16. NOT YET RUN on a GPU.
+    """
     import torch
 
-    with contextlib.suppress(RuntimeError):  # torchvision needs these two, which torch for CPUs does not have
-        for name in ("nms", "qnms") if torch.version.cuda is None else ():
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
+    prepare_torchvision(torch)
     import timm
 
     letter, patch = size.split("/")
-    letter = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}[letter]
-    model = timm.create_model(f"vit_{letter}_patch{patch}_224").to("cuda" if gpu else "cpu")
-    model = torch.compile(model) if gpu else model
-    images = torch.tensor(np.moveaxis(images, -1, 1)).to("cuda" if gpu else "cpu")
-    labels = torch.tensor(labels, dtype=torch.int64, device=images.device)
-    optimizer, matrix = torch.optim.Adam(model.parameters(), lr=1e-3), torch.ones(2048, 2048)
+    names = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+    model = timm.create_model(f"vit_{names[letter]}_patch{patch}_224")
+    device = "cpu"
+    if gpu:
+        device = "cuda"
+        model = torch.compile(model.to(device))
+    images = torch.tensor(np.moveaxis(images, -1, 1), device=device)
+    labels = torch.tensor(labels, dtype=torch.int64, device=device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    matrix = torch.ones(2048, 2048)
 
-    def forward():
+    def logits():
         with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
             return model(images)
 
+    def forward():
+        with torch.no_grad():
+            return logits()
+
     def step():
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(forward().float(), labels).backward()
+        loss = torch.nn.functional.cross_entropy(logits().float(), labels)
+        loss.backward()
         optimizer.step()
-        return torch.cuda.synchronize() if gpu else None
+        if gpu:
+            torch.cuda.synchronize()
 
-    return {"forward": torch.no_grad()(forward), "step": step, "product": lambda: matrix @ matrix}
+    def product():
+        return matrix @ matrix
+
+    return {"forward": forward, "step": step, "product": product}
 
 
-# ==== Measures ==============================================================================================
+# ==== Measures ====================================================================================
+
+
+def equation_flops(eqn) -> int:
+    """FLOPs of a matrix product or a convolution; 0 for any other equation."""
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        summed = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * summed * eqn.outvars[0].aval.size
+    if eqn.primitive.name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval
+        outputs = eqn.params["dimension_numbers"].rhs_spec[0]
+        summed = kernel.size // kernel.shape[outputs]
+        return 2 * summed * eqn.outvars[0].aval.size
+    return 0
 
 
 def flops(jaxpr) -> int:
-    """Of the matrix products and convolutions of a jaxpr, loops with their trip counts."""
+    """FLOPs of a jaxpr, loop bodies times their trips."""
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * eqn.outvars[0].aval.size
-        if eqn.primitive.name == "conv_general_dilated":
-            kernel, out_channels = eqn.invars[1].aval, eqn.params["dimension_numbers"].rhs_spec[0]
-            total += 2 * kernel.size // kernel.shape[out_channels] * eqn.outvars[0].aval.size
-        for value in jax.tree.leaves(tuple(eqn.params.values())):
-            value = getattr(value, "jaxpr", value)
-            total += flops(value) * eqn.params.get("length", 1) if hasattr(value, "eqns") else 0
+        total += equation_flops(eqn)
+        trips = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    total += trips * flops(inner)
     return total
 
 
-def figures(contender: Contender) -> dict:
+def temporary_bytes(lowered) -> int:
+    """What a compiled program needs beside its arguments and results."""
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def exact_figures(contender: Contender) -> dict:
     """What repeats exactly: FLOPs, temporary bytes, lines of StableHLO."""
-    forward, loss, step, batch = contender.forward, contender.loss, contender.step, contender.batch
-    (params, opt_state), gradient = contender.init(), jax.jit(jax.value_and_grad(loss))
-    lowered, temporary = step.lower(params, opt_state, *batch), lambda x: x.compile().memory_analysis()
+    state = contender.init()
+    params = contender.params_of(state)
+    batch = contender.batch
+    gradient = jax.jit(jax.value_and_grad(contender.loss))
+    forward_jaxpr = jax.make_jaxpr(contender.forward)(params, contender.images)
+    gradient_jaxpr = jax.make_jaxpr(gradient)(params, *batch)
+    lowered = contender.step.lower(*state, *batch)
     return {
-        "forward FLOPs": flops(jax.make_jaxpr(forward)(params, batch[0]).jaxpr),
-        "gradient FLOPs": flops(jax.make_jaxpr(gradient)(params, *batch).jaxpr),
-        "step bytes": temporary(lowered).temp_size_in_bytes,
-        "gradient bytes": temporary(gradient.lower(params, *batch)).temp_size_in_bytes,
+        "forward FLOPs": flops(forward_jaxpr.jaxpr),
+        "gradient FLOPs": flops(gradient_jaxpr.jaxpr),
+        "step bytes": temporary_bytes(lowered),
+        "gradient bytes": temporary_bytes(gradient.lower(params, *batch)),
         "step lines": lowered.as_text().count("\n"),
     }
 
 
-def interleave(functions: dict, pairs: int) -> dict:
-    """Seconds of each function in so many rounds, in random order, after two rounds that warm up."""
-    seconds, order = {name: [] for name in functions}, random.Random(0)
-    for _ in range(2 + pairs):
+def interleave(functions: dict, rounds: int) -> dict:
+    """Seconds of each function in so many rounds, in random order, after two that warm up."""
+    seconds = {name: [] for name in functions}
+    order = random.Random(0)
+    for _ in range(2 + rounds):
         for name in order.sample(list(functions), len(functions)):
             start = time.perf_counter()
             jax.block_until_ready(functions[name]())
@@ -258,16 +420,21 @@ def interleave(functions: dict, pairs: int) -> dict:
 
 def forward_of(contender: Contender):
     """A function that runs the forward pass once."""
-    params = contender.init()[0]
-    return lambda: contender.forward(params, contender.batch[0])
+    params = contender.params_of(contender.init())
+
+    def forward():
+        return contender.forward(params, contender.images)
+
+    return forward
 
 
 def step_of(contender: Contender):
     """A function that does one train step and returns what is to be waited for."""
-    state = list(contender.init())
+    state = contender.init()
 
     def step():
-        state[:] = contender.step(*state, *contender.batch)[:2]
+        nonlocal state
+        *state, _ = contender.step(*state, *contender.batch)
         return state
 
     return step
@@ -275,171 +442,317 @@ def step_of(contender: Contender):
 
 def product_of(dtype, side):
     """A function that multiplies two matrices [side,side] in XLA."""
-    matrix, multiply = jnp.ones((side, side), dtype), jax.jit(jnp.matmul)
-    return lambda: multiply(matrix, matrix)
+    matrix = jnp.ones((side, side), dtype)
+    multiply = jax.jit(jnp.matmul)
+
+    def product():
+        return multiply(matrix, matrix)
+
+    return product
 
 
 def compile_seconds(make) -> dict:
-    """Seconds of tracing, lowering and compiling: of "init", two calls of "step", two of "forward"."""
+    """Seconds of tracing, lowering and compiling: of "init", of "step" and of "forward".
+
+    Step and forward pass run twice: a step compiles again if its outputs are placed unlike its
+    inputs were.
+    """
     jax.clear_caches()
-    contender, seconds = make(), collections.Counter()
+    contender = make()
+    seconds = collections.Counter()
+    phase = "init"
 
     def listen(name, duration, **_):
-        seconds[now] += duration if name.startswith("/jax/core/compile/") else 0
+        if name.startswith("/jax/core/compile/"):
+            seconds[phase] += duration
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    now = "init"
     step = step_of(contender)
-    now = "step"
-    step(), step()  # if its outputs are placed unlike its inputs were, the second call compiles again
-    now = "not counted"
+    phase = "step"
+    step()
+    step()
+    phase = "not counted"
     forward = forward_of(contender)
-    now = "forward"
-    forward(), forward()
+    phase = "forward"
+    forward()
+    forward()
     jax.monitoring.unregister_event_duration_listener(listen)
     return seconds
 
 
-# ==== Report ================================================================================================
+def measure_compilation(makers: dict, rounds=5) -> dict:
+    """Name -> {"compile step": seconds of each round, ...}, interleaved as all times are."""
+    measured = {name: collections.defaultdict(list) for name in makers}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(makers), len(makers)):
+            for phase, seconds in compile_seconds(makers[name]).items():
+                measured[name][f"compile {phase}"].append(seconds)
+    return measured
 
 
-def batch_of(config, batch):
+def measure(contenders: dict, pairs) -> dict:
+    """Name -> {"forward": seconds of each round, "step": the same, "step bytes": [bytes], ...}."""
+    measured = {}
+    for name, contender in contenders.items():
+        figures = exact_figures(contender)
+        measured[name] = {what: [value] for what, value in figures.items()}
+    forwards = {name: forward_of(contender) for name, contender in contenders.items()}
+    for name, seconds in interleave(forwards, pairs).items():
+        measured[name]["forward"] = seconds
+    steps = {name: step_of(contender) for name, contender in contenders.items()}
+    for name, seconds in interleave(steps, pairs).items():
+        measured[name]["step"] = seconds
+    return measured
+
+
+# ==== Report ======================================================================================
+
+
+def make_batch(config, rows):
     """Random pictures float32 [B,H,W,C] in [-1, 1] and labels int32 [B]."""
-    rng, shape = np.random.default_rng(0), (batch, *config.image_size, config.channels)
-    labels = rng.integers(config.classes, size=batch, dtype=np.int32)
-    return rng.uniform(-1, 1, shape).astype(np.float32), labels
+    rng = np.random.default_rng(0)
+    labels = rng.integers(config.classes, size=rows, dtype=np.int32)
+    images = rng.uniform(-1, 1, (rows, *config.image_size, config.channels))
+    return images.astype(np.float32), labels
 
 
 def machine() -> str:
     """Processor, cores, memory, versions and date."""
+    processor = platform.machine()
     info = pathlib.Path("/proc/cpuinfo")
-    name = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
+    if info.exists():
+        found = re.search("model name.*: (.*)", info.read_text())
+        if found:
+            processor = found[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"
-    versions = f"Python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}"
-    return f"{machine}, JAX on {jax.devices()[0].device_kind}, {versions}, {datetime.date.today()}"
+    return (
+        f"{processor}, {os.cpu_count()} cores, {memory:.0f} GiB, "
+        f"JAX on {jax.devices()[0].device_kind}, Python {platform.python_version()}, "
+        f"jax {jax.__version__}, flax {flax.__version__}, {datetime.date.today()}"
+    )
 
 
-def row(name, ours, peer, unit, goal=None, speed=False) -> str:
-    """A line of the table from lists [pairs]. speed: the ratio is peer / ours, more is better."""
-    divide = lambda a, b: b / a if speed else a / b
-    ours, peer, pairs = np.median(ours), np.median(peer), [divide(a, b) for a, b in zip(ours, peer)]
-    ratio, span = divide(ours, peer), f" ({min(pairs):.2f} to {max(pairs):.2f})" if len(pairs) > 1 else ""
-    met = "met" if goal and (ratio >= goal if speed else ratio <= goal) else "not met"
-    goal = f"{'at least' if speed else 'at most'} {goal}: {met}" if goal else ""
-    show = lambda x: f"{x / unit:,.0f}" if x / unit >= 1000 else f"{x / unit:.4g}"
-    return f"| {name} | {show(ours)} | {show(peer)} | {ratio:.3f}{span} | {goal} |"
+def show(number) -> str:
+    """Four digits, or all of those before the point."""
+    if number >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.4g}"
 
 
-def beside_flax(args, config) -> list[str]:
-    """The table of vit.py and the flax peer."""
-    batch = batch_of(config, args.batch)
-    makers = {"ours": lambda: make_ours(config, *batch), "flax": lambda: make_flax(config, *batch)}
-    compiling, order = {name: [] for name in makers}, random.Random(0)
-    for _ in range(5):
-        for name in order.sample(list(makers), 2):
-            compiling[name].append(compile_seconds(makers[name]))
-    both = [make() for make in makers.values()]
-    check_equal(config, *both)
-    exact = [figures(contender) for contender in both]
-    forward = interleave(dict(enumerate(map(forward_of, both))), args.pairs).values()
-    step = interleave(dict(enumerate(map(step_of, both))), args.pairs).values()
-    compiled = lambda what: [[seconds[what] for seconds in each] for each in compiling.values()]
-    exactly = lambda what: [[each[what]] for each in exact]
+def table_row(name, ours, peer, ratio, ratios, unit, goal="") -> str:
+    """A line of a table. ratio: of the medians; ratios: of each pair."""
+    span = ""
+    if len(ratios) > 1:
+        span = f" ({min(ratios):.2f} to {max(ratios):.2f})"
+    ours = show(np.median(ours) / unit)
+    peer = show(np.median(peer) / unit)
+    return f"| {name} | {ours} | {peer} | {ratio:.3f}{span} | {goal} |"
+
+
+def verdict(met) -> str:
+    return "met" if met else "not met"
+
+
+def speed_row(name, ours, peer, goal=None) -> str:
+    """Lists of seconds, shown in ms. Ratio: peer / ours, above 1 ours is faster."""
+    ratio = np.median(peer) / np.median(ours)
+    ratios = [b / a for a, b in zip(ours, peer)]
+    text = ""
+    if goal:
+        text = f"at least {goal}: {verdict(ratio >= goal)}"
+    return table_row(name, ours, peer, ratio, ratios, 1e-3, text)
+
+
+def cost_row(name, ours, peer, unit=1, goal=None) -> str:
+    """Lists of what should be little. Ratio: ours / peer, below 1 ours needs less."""
+    ratio = np.median(ours) / np.median(peer)
+    ratios = [a / b for a, b in zip(ours, peer)]
+    text = ""
+    if goal:
+        text = f"at most {goal}: {verdict(ratio <= goal)}"
+    return table_row(name, ours, peer, ratio, ratios, unit, text)
+
+
+def beside_flax(ours, peer) -> list[str]:
+    """The table of vit.py and the flax peer, from what was measured of each."""
+
+    def speed(name, what, goal=None):
+        return speed_row(name, ours[what], peer[what], goal)
+
+    def cost(name, what, unit=1, goal=None):
+        return cost_row(name, ours[what], peer[what], unit, goal)
+
     return [
         "| | vit.py | flax | ratio | goal |",
         "| --- | --- | --- | --- | --- |",
-        row("forward pass, ms", *forward, 1e-3, 1.0, True),
-        row("train step, ms", *step, 1e-3, 1.0, True),
-        row("train step, ms, the next goal", *step, 1e-3, 1.1, True),
-        row("compiling the train step, s", *compiled("step"), 1, 0.6),
-        row("compiling the forward pass, s", *compiled("forward"), 1),
-        row("compiling the initialisation, s", *compiled("init"), 1),
-        row("temporary bytes of the train step, MB", *exactly("step bytes"), 1e6, 0.2),
-        row("temporary bytes of value_and_grad, MB", *exactly("gradient bytes"), 1e6, 0.2),
-        row("FLOPs of the forward pass, 1e9", *exactly("forward FLOPs"), 1e9),
-        row("FLOPs of value_and_grad, 1e9", *exactly("gradient FLOPs"), 1e9),
-        row("lines of StableHLO, train step", *exactly("step lines"), 1),
+        speed("forward pass, ms", "forward", 1.0),
+        speed("train step, ms", "step", 1.0),
+        speed("train step, ms, the next goal", "step", 1.1),
+        cost("compiling the train step, s", "compile step", goal=0.6),
+        cost("compiling the forward pass, s", "compile forward"),
+        cost("compiling the initialisation, s", "compile init"),
+        cost("temporary bytes of the train step, MB", "step bytes", 1e6, 0.2),
+        cost("temporary bytes of value_and_grad, MB", "gradient bytes", 1e6, 0.2),
+        cost("FLOPs of the forward pass, 1e9", "forward FLOPs", 1e9),
+        cost("FLOPs of value_and_grad, 1e9", "gradient FLOPs", 1e9),
+        cost("lines of StableHLO, train step", "step lines"),
+    ]
+
+
+def beside_earlier(ours, earlier) -> list[str]:
+    """The table of vit.py and an earlier version, from what was measured of each."""
+    return [
+        "vit.py and an earlier version of itself, in the same rounds as flax above. Ratio of the",
+        "times: earlier / now, above 1 the present one is faster; of the bytes: now / earlier.",
+        "",
+        "| | now | earlier | ratio | |",
+        "| --- | --- | --- | --- | --- |",
+        speed_row("forward pass, ms", ours["forward"], earlier["forward"]),
+        speed_row("train step, ms", ours["step"], earlier["step"]),
+        cost_row(
+            "temporary bytes of the train step, MB", ours["step bytes"], earlier["step bytes"], 1e6
+        ),
     ]
 
 
 def beside_timm(args, config) -> list[str]:
-    """The table of vit.py and timm on a CPU, with what a product of matrices takes in either library."""
-    batch = batch_of(config, args.batch)
+    """The table of vit.py and timm on a CPU, with what a matrix product takes in either library."""
+    batch = make_batch(config, args.batch)
     try:
         timm = make_timm(args.size, *batch)
     except ImportError as error:
         return [f"timm was absent: {error}."]
-    ours = make_ours(config, *batch)
-    ours = {"forward": forward_of(ours), "step": step_of(ours), "product": product_of(jnp.float32, 2048)}
-    times = [interleave({"ours": ours[what], "timm": timm[what]}, args.pairs).values() for what in ours]
-    names = "forward pass, ms", "train step, ms", "product of [2048,2048], ms"
+    contender = make_vit(vit, config, *batch)
+    ours = {
+        "forward": forward_of(contender),
+        "step": step_of(contender),
+        "product": product_of(jnp.float32, 2048),
+    }
+    rows = []
+    for what, name in [
+        ("forward", "forward pass, ms"),
+        ("step", "train step, ms"),
+        ("product", "product of [2048,2048], ms"),
+    ]:
+        seconds = interleave({"ours": ours[what], "timm": timm[what]}, args.pairs)
+        rows.append(speed_row(name, seconds["ours"], seconds["timm"]))
     peers = ", ".join(f"{name} {sys.modules[name].__version__}" for name in ("timm", "torch"))
     return [
-        "A bare product of matrices is listed too: its ratio is due to the library, not to the model's code.",
+        "A bare product of matrices is listed too: its ratio is due to the library, not to the",
+        "model's code.",
         "",
         f"| | vit.py | {peers}, eager | ratio | |",
         "| --- | --- | --- | --- | --- |",
-        *(row(name, *pair, 1e-3, speed=True) for name, pair in zip(names, times)),
+        *rows,
     ]
 
 
 def on_gpu(pairs) -> list[str]:
-    """Model FLOPs utilisation of the train step of B/16 in bfloat16, batch 128. NOT YET RUN on a GPU."""
-    config, side, B = dataclasses.replace(vit.SIZES["B/16"], dtype="bfloat16"), 8192, 128
-    batch, functions, lines = batch_of(config, B), {"product": product_of(jnp.bfloat16, side)}, []
-    for attention in vit.ATTENTION:
-        step = step_of(make_ours(dataclasses.replace(config, attention=attention), *batch))
+    """Model FLOPs utilisation of the train step of B/16 in bfloat16. NOT YET RUN on a GPU."""
+    rows = 128
+    side = 8192
+    config = dataclasses.replace(vit.SIZES["B/16"], dtype="bfloat16")
+    batch = make_batch(config, rows)
+    functions = {"product": product_of(jnp.bfloat16, side)}
+    absent = []
+    for attention in vit.CHOICES["attention"]:
+        contender = make_vit(vit, dataclasses.replace(config, attention=attention), *batch)
+        step = step_of(contender)
         try:
-            functions[f"vit.py, attention={attention!r}"] = (jax.block_until_ready(step()), step)[1]
+            jax.block_until_ready(step())
         except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            lines.append(f"attention={attention!r} did not run: {error}")
+            absent.append(f"attention={attention!r} did not run: {error}")
+        else:
+            functions[f"vit.py, attention={attention!r}"] = step
     try:
         functions["timm, torch.compile, autocast"] = make_timm("B/16", *batch, gpu=True)["step"]
     except ImportError as error:
-        lines.append(f"timm was absent: {error}.")
-    seconds = {name: float(np.median(times)) for name, times in interleave(functions, pairs).items()}
-    ours = make_ours(dataclasses.replace(config, remat=False), *batch)  # what is recomputed does not count
-    needed = flops(jax.make_jaxpr(jax.grad(ours.loss))(jax.eval_shape(ours.init)[0], *ours.batch).jaxpr)
+        absent.append(f"timm was absent: {error}.")
+    times = interleave(functions, pairs)
+    seconds = {name: float(np.median(each)) for name, each in times.items()}
+
+    # FLOPs of one gradient without remat: what is computed twice does not count.
+    plain = make_vit(vit, dataclasses.replace(config, remat=False), *batch)
+    params = plain.params_of(jax.eval_shape(plain.init))
+    needed = flops(jax.make_jaxpr(jax.grad(plain.loss))(params, *plain.batch).jaxpr)
+
     peak = 2 * side**3 / seconds.pop("product")
+    lines = []
+    for name, s in seconds.items():
+        lines.append(f"| {name} | {s * 1e3:.1f} | {rows / s:,.0f} | {needed / s / peak:.0%} |")
     return [
-        f"Train step of B/16, bfloat16, batch {B}. A product of [{side},{side}]: {peak / 1e12:.0f} TFLOP/s.",
-        *lines,
+        f"Train step of B/16, bfloat16, batch {rows}. "
+        f"A product of [{side},{side}]: {peak / 1e12:.0f} TFLOP/s.",
+        *absent,
         "",
         "| | ms | images/s | of that product's FLOP/s |",
         "| --- | --- | --- | --- |",
-        *(f"| {n} | {s * 1e3:.1f} | {B / s:,.0f} | {needed / s / peak:.0%} |" for n, s in seconds.items()),
+        *lines,
     ]
+
+
+def write_section(path, lines):
+    """Puts lines in the place of the section of vit.py in a Markdown file."""
+    text = "# Results"
+    if path.exists():
+        text = path.read_text()
+    head, *sections = text.strip().split("\n\n## ")
+    sections = [section for section in sections if not section.startswith("vit.py\n")]
+    sections.append("\n".join(["vit.py", "", *lines]))
+    path.write_text("\n\n## ".join([head, *sorted(sections)]) + "\n")
 
 
 def main():
-    add = (parser := argparse.ArgumentParser(description=__doc__.partition("\n")[0])).add_argument
-    add("--batch", type=int, default=8)
-    add("--pairs", type=int, default=11, help="rounds that count")
-    add("--size", choices=vit.SIZES, default="S/16")
-    args, load = parser.parse_args(), os.getloadavg()[0]
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU: leaves memory to torch
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=11, help="rounds that count")
+    parser.add_argument("--size", choices=vit.SIZES, default="S/16")
+    parser.add_argument("--before", metavar="FILE", help="an earlier version of vit.py, to race")
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # on a GPU: memory for torch
     jax.config.update("jax_enable_compilation_cache", False)
+
+    config = vit.SIZES[args.size]
+    batch = make_batch(config, args.batch)
+    makers = {
+        "vit.py": functools.partial(make_vit, vit, config, *batch),
+        "flax": functools.partial(make_flax, config, *batch),
+    }
+    contenders = {name: make() for name, make in makers.items()}
     flags = f"--batch {args.batch} --pairs {args.pairs} --size {args.size}"
-    gpu, config = jax.default_backend() == "gpu", vit.SIZES[args.size]
+    if args.before:
+        earlier = import_earlier(args.before)
+        contenders["earlier"] = make_vit(earlier, earlier.SIZES[args.size], *batch)
+        flags += f" --before {pathlib.Path(args.before).name}"
+
+    check_equal(config, contenders)
+    compilation = measure_compilation(makers)
+    measured = measure(contenders, args.pairs)
+    for name, seconds in compilation.items():
+        measured[name].update(seconds)
+
     lines = [
         f"`python bench/bench_vit.py {flags}` on {machine()}; load {load:.1f} at the start.",
         "",
-        f"Float32, {config.image_size[0]} pixels. Medians of {args.pairs} interleaved pairs, of 5 for",
-        "compilation; in brackets the range of the ratio over the pairs. Ratio of times: peer / vit.py,",
-        "above 1 vit.py is faster. Every other ratio: vit.py / peer, below 1 vit.py needs less.",
+        f"Float32, {config.image_size[0]} pixels. Medians of {args.pairs} interleaved pairs, of 5",
+        "for compilation; in brackets the range of the ratio over the pairs. Ratio of forward pass",
+        "and train step: peer / vit.py, above 1 vit.py is faster. Every other ratio:",
+        "vit.py / peer, below 1 vit.py needs less.",
         "",
-        *beside_flax(args, config),
+        *beside_flax(measured["vit.py"], measured["flax"]),
         "",
-        *(on_gpu(args.pairs) if gpu else beside_timm(args, config)),
-        "",
-        TRIED.strip(),
     ]
+    if args.before:
+        lines += [*beside_earlier(measured["vit.py"], measured["earlier"]), ""]
+    if jax.default_backend() == "gpu":
+        lines += on_gpu(args.pairs)
+    else:
+        lines += beside_timm(args, config)
+    lines += ["", TRIED.strip()]
     path = ROOT / "bench/RESULTS.md"
-    head, *sections = (path.read_text() if path.exists() else "# Results").strip().split("\n\n## ")
-    sections = [section for section in sections if not section.startswith("vit.py\n")]
-    sections = sorted([*sections, "\n".join(["vit.py", "", *lines])])
-    path.write_text("\n\n## ".join([head, *sections]) + "\n")
+    write_section(path, lines)
     print("\n".join([*lines, "", f"wrote {path}"]))
 
 

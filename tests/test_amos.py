@@ -709,7 +709,7 @@ def test_state_comes_back_and_must_fit(tmp_path):
     close(loaded, (params, state), 0)
     with pytest.raises(ValueError, match="was made with steps=3, not 4"):
         amos.load_state(tmp_path / "x.npz", (params, state), {"steps": 4})
-    with pytest.raises(ValueError, match=r"0/embedding is \(5, 4\), should be nothing"):
+    with pytest.raises(ValueError, match=r"0/embedding is unknown"):
         amos.load_state(tmp_path / "x.npz", ({"a": params["a"]}, state), {"steps": 3})
     other = cast(params, jnp.bfloat16)
     with pytest.raises(ValueError, match="0/a/kernel is float32, should be bfloat16"):

@@ -9,8 +9,8 @@ Run       make bench FILE=vit
           python bench/bench_vit.py --batch 8 --pairs 11 --size S/16
           About 5 minutes on two CPU cores. Replaces the section of vit.py in bench/RESULTS.md.
 Before    To race an earlier version of vit.py in the same rounds:
-          git show COMMIT:vit.py > /tmp/earlier.py
-          python bench/bench_vit.py --before /tmp/earlier.py
+          git show COMMIT:vit.py > ../earlier.py
+          python bench/bench_vit.py --before ../earlier.py
 """
 
 import argparse

@@ -1,16 +1,17 @@
-"""Labelled pictures for examples/train.py: an .npz in memory, or a folder with a folder per class.
+"""Labelled pictures for examples/train.py: an .npz, or a folder with a subfolder per class.
 
     source = open_pictures("flowers")    # flowers/rose/1.jpg, flowers/tulip/1.jpg, ...
     source.classes, source.labels[0]     # ["rose", "tulip"], 0
     picture = source.read(0)             # uint8 [H,W,3]
     smaller = resize(picture, (32, 32))  # uint8 [32,32,3]
 
-What      Reading one picture at a time, so that a folder need not fit in memory; splitting off a
-          fifth of each class; cropping and resizing.
+What      Reads one picture at a time, so that a folder need not fit in memory; holds out a fifth of
+          each class; crops and resizes.
 Needs     Pillow (examples/requirements.txt).
 Axes      N pictures  H, W height and width in pixels  C channels
 """
 
+import collections
 import hashlib
 import pathlib
 import sys
@@ -20,15 +21,15 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import convert  # noqa: E402, data/convert.py, found by the line above
+import convert  # noqa: E402, data/convert.py
 
 from vit import read_npz, require  # noqa: E402
 
 
 class ArrayPictures:
-    """Pictures of an .npz: images uint8 [N,H,W] or [N,H,W,C], labels [N], maybe class_names.
+    """Pictures of an .npz: images uint8 [N,H,W] or [N,H,W,C], labels [N], class_names optional.
 
-    Without class_names the distinct labels are the classes. ValueError for anything else.
+    Without class_names the distinct labels are the classes. Raises ValueError for other arrays.
     """
 
     def __init__(self, path):
@@ -47,12 +48,13 @@ class ArrayPictures:
             labels.dtype.kind in "iu" and labels.shape == images.shape[:1],
             f"{path}: labels are {labels.dtype} {labels.shape}, not integers [{len(images)}]",
         )
+        low = int(labels.min())
+        high = int(labels.max())
+        require(low >= 0, f"{path}: there are labels below 0, such as {low}")
         if "class_names" in data:
             self.classes = [str(name) for name in data["class_names"]]
-            low = int(labels.min())
-            high = int(labels.max())
             require(
-                0 <= low and high < len(self.classes),
+                high < len(self.classes),
                 f"{path}: labels are {low} to {high}, not within 0 to {len(self.classes) - 1}",
             )
         else:
@@ -68,17 +70,22 @@ class ArrayPictures:
         """Picture i, uint8 [H,W,C]."""
         return self.images[i]
 
+    def number_of_bytes(self, i) -> int:
+        """Equal pictures have an equal number of bytes."""
+        return self.images[i].nbytes
+
     def content(self, i) -> bytes:
-        """What makes two pictures equal."""
+        """The bytes that are compared to find equal pictures."""
         return self.images[i].tobytes()
 
     def digest(self) -> int:
-        """A number that changes with the data, wherever the file lies."""
-        return zlib.crc32(self.labels.tobytes(), zlib.crc32(self.images.tobytes()))
+        """A checksum of images and labels, whatever the path."""
+        checksum = zlib.crc32(np.ascontiguousarray(self.images))
+        return zlib.crc32(self.labels, checksum)
 
 
 class FilePictures:
-    """Pictures of a folder that holds one folder per class. ValueError if there are none."""
+    """Pictures of a folder with one subfolder per class. Raises ValueError if there are none."""
 
     channels = 3
     size = None  # each picture has its own
@@ -106,22 +113,54 @@ class FilePictures:
         convert.add_note(self.notes, nested, self.path, "skipped", "nested folder")
 
     def read(self, i):
-        """Picture i, uint8 [H,W,3]. ValueError with its name where it cannot be read."""
-        picture, _ = convert.open_picture(self.files[i])
-        return np.asarray(picture)
+        """Picture i, uint8 [H,W,3]. Raises ValueError with its name if it cannot be read."""
+        return read_file(self.files[i])
+
+    def number_of_bytes(self, i) -> int:
+        """Equal pictures have an equal number of bytes."""
+        return self.files[i].stat().st_size
 
     def content(self, i) -> bytes:
-        """What makes two pictures equal."""
+        """The bytes that are compared to find equal pictures."""
         return self.files[i].read_bytes()
 
     def digest(self) -> int:
-        """A number that changes with the names and sizes of the files, wherever the folder lies."""
-        rows = [f"{f.relative_to(self.path).as_posix()} {f.stat().st_size}" for f in self.files]
-        return zlib.crc32("\n".join(rows).encode())
+        """A checksum of the names and sizes of the files, wherever the folder lies."""
+        rows = []
+        for i, file in enumerate(self.files):
+            rows.append(f"{file.relative_to(self.path).as_posix()} {self.number_of_bytes(i)}")
+        return zlib.crc32("\n".join(rows).encode(errors="surrogateescape"))
+
+
+class LoosePictures:
+    """All pictures below a folder, without classes. Raises ValueError if there are none."""
+
+    channels = 3
+
+    def __init__(self, folder):
+        self.path = pathlib.Path(folder)
+        require(self.path.is_dir(), f"{folder} is not a folder")
+        self.files = []
+        for file in sorted(self.path.rglob("*")):
+            if file.suffix.lower() in convert.PICTURES and file.is_file():
+                self.files.append(file)
+        suffixes = " ".join(convert.PICTURES)
+        require(self.files, f"{folder} holds no pictures ({suffixes})")
+        self.labels = np.zeros(len(self.files), np.int32)  # 0: no row is masked
+
+    def read(self, i):
+        """Picture i, uint8 [H,W,3]. Raises ValueError with its name if it cannot be read."""
+        return read_file(self.files[i])
+
+
+def read_file(path):
+    """A picture file as uint8 [H,W,3]. Raises ValueError with its name if it cannot be read."""
+    picture, _ = convert.open_picture(path)
+    return np.asarray(picture)
 
 
 def open_pictures(path):
-    """The pictures at path: a folder with a folder per class, or an .npz."""
+    """The pictures at path: an .npz, or a folder with a subfolder per class."""
     require(pathlib.Path(path).exists(), f"{path} does not exist")
     if not pathlib.Path(path).is_dir():
         return ArrayPictures(path)
@@ -135,57 +174,69 @@ def open_pictures(path):
 
 
 def rank_in_class(labels):
-    """How many of the labels before it are the same. int [N] -> int [N]."""
-    rank = np.zeros(len(labels), int)
-    for label in np.unique(labels):
-        same = labels == label
-        rank[same] = np.arange(same.sum())
+    """The position of each label among equal ones: [4,7,4] -> [0,0,1]. int [N] -> int [N]."""
+    order = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[order], labels[order])  # where each label begins
+    rank = np.empty(len(labels), int)
+    rank[order] = np.arange(len(labels)) - first
     return rank
 
 
-def shuffled_rows(source, per_class=None):
-    """Rows of the source in a fixed random order; of each class all, or per_class.
-
-    Equal pictures are taken once, so that none is both trained on and held out.
-    """
+def distinct_rows(source):
+    """The rows of a source, without those that repeat an earlier picture byte for byte."""
+    sizes = [source.number_of_bytes(row) for row in range(len(source.labels))]
+    of_size = collections.Counter(sizes)
     seen = set()
-    once = []
-    for row in range(len(source.labels)):
-        digest = hashlib.sha256(source.content(row)).digest()
-        if digest not in seen:
+    rows = []
+    for row, size in enumerate(sizes):
+        if of_size[size] > 1:  # else it cannot equal another, and is not read here
+            digest = hashlib.sha256(source.content(row)).digest()
+            if digest in seen:
+                continue
             seen.add(digest)
-            once.append(row)
-    rows = np.random.default_rng(0).permutation(once)
+        rows.append(row)
+    repeated = len(sizes) - len(rows)
+    if repeated:
+        print(f"{source.path}: {repeated} pictures repeat others and are left out")
+    return np.array(rows)
+
+
+def shuffled_rows(source, per_class=None):
+    """The distinct rows of a source in a fixed random order; of each class at most per_class."""
+    rows = np.random.default_rng(0).permutation(distinct_rows(source))
     if per_class is not None:
         rows = rows[rank_in_class(source.labels[rows]) < per_class]
     return rows
 
 
 def check_classes(source, rows, least):
-    """ValueError unless there are two classes and every class has at least so many pictures."""
-    require(len(source.classes) > 1, f"{source.path}: there is one class, {source.classes[0]}")
-    counts = np.bincount(source.labels[rows], minlength=len(source.classes))
-    fewest = int(counts.argmin())
+    """Raises ValueError unless there are two classes, and each has at least `least` pictures."""
     require(
-        counts[fewest] >= least,
-        f"{source.path}: class {source.classes[fewest]} has {counts[fewest]} pictures, "
-        f"at least {least} are needed",
+        len(source.classes) > 1,
+        f"{source.path}: there is one class, {source.classes[0]}; two are needed",
+    )
+    counts = np.bincount(source.labels[rows], minlength=len(source.classes))
+    smallest = int(counts.argmin())
+    require(
+        counts[smallest] >= least,
+        f"{source.path}: class {source.classes[smallest]} has too few pictures: "
+        f"{counts[smallest]}, not {least}",
     )
 
 
 def split(source):
-    """Rows for training, and a fifth of each class that is held out; see shuffled_rows."""
+    """Rows for training, and a fifth of each class, at least one picture, that is held out."""
     rows = shuffled_rows(source)
     check_classes(source, rows, least=2)
-    held = rank_in_class(source.labels[rows]) % 5 == 0
-    return rows[~held], rows[held]
+    held_out = rank_in_class(source.labels[rows]) % 5 == 0
+    return rows[~held_out], rows[held_out]
 
 
 # ==== Cropping and resizing =======================================================================
 
 
 def with_channels(picture, channels):
-    """A picture with so many channels: grey is repeated, colours become grey. uint8 [H,W,C]."""
+    """Grey is repeated, RGB becomes grey; see check_channels. uint8 [H,W,C] -> [H,W,channels]."""
     if picture.shape[2] == channels:
         return picture
     if picture.shape[2] == 1:
@@ -195,13 +246,21 @@ def with_channels(picture, channels):
 
 
 def check_channels(source, channels):
-    """ValueError unless with_channels can give the pictures so many channels."""
-    fits = source.channels in (1, channels) or (source.channels == 3 and channels == 1)
-    require(fits, f"{source.path}: {source.channels} channels, but the model takes {channels}")
+    """Raises ValueError unless with_channels can turn the pictures into such of `channels`."""
+    same = source.channels == channels
+    grey_to_any = source.channels == 1
+    colours_to_grey = source.channels == 3 and channels == 1
+    require(
+        same or grey_to_any or colours_to_grey,
+        f"{source.path}: the pictures have {source.channels} channels, the model takes {channels}",
+    )
 
 
 def resize(picture, size, box=None):
-    """Bilinear; of a box (left, top, right, bottom) only that part. uint8 [H,W,C] -> [*size,C]."""
+    """Bilinear resize of a picture, or of its box (left, top, right, bottom), to (height, width).
+
+    uint8 [H,W,C] -> [*size,C]. Pillow takes one channel at a time, so any number will do.
+    """
     from PIL import Image
 
     height, width = size
@@ -213,14 +272,15 @@ def resize(picture, size, box=None):
 
 
 def random_box(rng, height, width, least):
-    """A random part of at least this share of the area, with sides from 3:4 to 4:3.
+    """A random crop (left, top, right, bottom), the official code's "Inception crop".
 
-    The official augmentation ("Inception crop"), with least = 0.05. Left, top, right, bottom.
+    Its share of the area is uniform in [least, 1] and its sides are from 3:4 to 4:3, as far as it
+    fits into the picture: the longer side is cut where it does not.
     """
     area = height * width * rng.uniform(least, 1)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    across = min(width, np.sqrt(area * ratio))
-    down = min(height, np.sqrt(area / ratio))
-    left = rng.uniform(0, width - across)
-    top = rng.uniform(0, height - down)
-    return left, top, left + across, top + down
+    box_width = min(width, np.sqrt(area * ratio))
+    box_height = min(height, np.sqrt(area / ratio))
+    left = rng.uniform(0, width - box_width)
+    top = rng.uniform(0, height - box_height)
+    return left, top, left + box_width, top + box_height

@@ -251,9 +251,9 @@ def test_what_vit_lacks_is_refused_by_its_own_name(name):
             {"image_size": 12},
             "not of the 9 patches in (12, 12)",
         ),
-        ("pos_embedding", np.zeros((1, 6, 16)), {}, "6 patches, which form no square: give image"),
+        ("pos_embedding", np.zeros((1, 6, 16)), {}, "6 patches, which do not form a square: give"),
         (vit.OFFICIAL_POSITION, np.zeros((1, 5, 16)), {}, "its names are not those of big_vision"),
-        ("embedding/kernel", None, {}, "has no array embedding/kernel: it is no ViT"),
+        ("embedding/kernel", None, {}, "has no array embedding/kernel: it is not a ViT"),
         ("head/bias", np.full(5, np.nan), {}, "head/bias holds values that are not finite"),
         ("Transformer/encoderblock/x", np.zeros(()), {}, "has Transformer/encoderblock_0/x, which"),
     ],
@@ -274,7 +274,7 @@ def test_refuses_position_tables_without_a_leading_axis():
 
 
 def test_refuses_what_is_no_vit():
-    with pytest.raises(ValueError, match="has no embedding/kernel .* it is no ViT"):
+    with pytest.raises(ValueError, match="has no embedding/kernel .* it is not a ViT"):
         big_vision.from_big_vision({"stem/kernel": np.zeros((4, 4, 3, 16))})
 
 
@@ -326,7 +326,7 @@ def test_image_size_on_the_command_line(text, size, tmp_path):
         ("in.npz folder/../in.npz", "in.npz is the checkpoint to be read"),
         ("in.npz out.npz --image-size 8,8", "--image-size 8,8 is not of the form 224 or ROWSx"),
         ("in.npz out.npz --image-size 0", "--image-size 0 is not of the form 224 or ROWSxCOLUMNS"),
-        ("in.npz out.npz --image-size 9", "image_size=(9, 9) is no positive multiple"),
+        ("in.npz out.npz --image-size 9", "image_size=(9, 9) is not a positive multiple"),
         ("in.npz out.npz --to-big-vision", f"has no array {vit.OFFICIAL_POSITION}"),
     ],
 )

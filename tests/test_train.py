@@ -23,6 +23,7 @@ from common import ROOT, close, close_gradients, golden, mesh_of, part
 
 sys.path.insert(0, str(ROOT / "examples"))
 import pictures  # noqa: E402, found by the line above
+import probe  # noqa: E402
 import train  # noqa: E402
 
 golden = functools.partial(golden, "vit")
@@ -164,7 +165,7 @@ def test_microbatches_equal_the_whole_batch(soft):
     mesh = mesh_of(2, 2)
     batch = random_batch(16, masked=(0, 4, 8, 9))
     if soft:
-        batch["labels"] = np.asarray(train.one_hot(batch["labels"], 3))
+        batch["labels"] = np.asarray(train.as_rows(batch["labels"], 3))
     plain = train.plain_gradient(vit, TINY, mesh)
     accumulated = train.accumulate(plain, 4, mesh)
     params = random_params(TINY)
@@ -196,14 +197,14 @@ def test_mixup_by_hand():
     def gradient(params, batch, key, step):
         return (0.0, {}), batch
 
-    batch = {"images": jnp.arange(4.0).reshape(4, 1, 1, 1), "labels": jnp.array([0, 1, 2, -1])}
+    batch = {"images": jnp.arange(4.0).reshape(4, 1, 1, 1), "labels": jnp.array([0, 1, -1, 2])}
     _, mixed = train.mixup(gradient, 0.5, 3)({}, batch, jax.random.key(3), 0)
     share = float(mixed["labels"][0, 0])
     assert 0.5 <= share < 1
-    neighbour = np.array([3.0, 0.0, 1.0, 2.0])
-    want = share * np.arange(4.0) + (1 - share) * neighbour
+    # Row 0 is mixed with row 3, row 1 with row 0; rows 2 and 3 stay, since row 2 is masked.
+    want = [(1 - share) * 3, share, 2, 3]
     np.testing.assert_allclose(mixed["images"].ravel(), want, rtol=1e-6)
-    want = [[share, 0, 0], [1 - share, share, 0], [0, 1 - share, share], [0, 0, 1 - share]]
+    want = [[share, 0, 1 - share], [1 - share, share, 0], [0, 0, 0], [0, 0, 1]]
     np.testing.assert_allclose(mixed["labels"], want, rtol=1e-6)
 
 
@@ -250,9 +251,10 @@ def test_labels_of_any_kind_become_classes(brightness):
     assert source.read(0).shape == (8, 8, 1)
 
 
-def test_no_picture_is_on_both_sides_of_the_split(brightness):
+def test_no_picture_is_on_both_sides_of_the_split(brightness, capsys):
     source = pictures.open_pictures(brightness)
     rows, held = pictures.split(source)
+    assert capsys.readouterr().out.endswith("3 pictures repeat others and are left out\n")
     assert len(rows) + len(held) == 57
     both = source.images[np.concatenate([rows, held])].reshape(57, -1)
     assert len(np.unique(both, axis=0)) == 57
@@ -333,6 +335,10 @@ def test_resize_of_any_number_of_channels():
             },
             "labels are 0 to 3, not within 0 to 1",
         ),
+        (
+            {"images": np.zeros((2, 8, 8), np.uint8), "labels": np.array([0, -1])},
+            "below 0, such as -1",
+        ),
     ],
 )
 def test_arrays_that_are_no_labelled_pictures_are_refused(arrays, message, tmp_path):
@@ -375,7 +381,7 @@ def test_each_epoch_has_every_row_once_in_another_order():
 
 def test_batches_depend_on_seed_and_number_alone():
     reader = train.Reader(Numbers(), READER.config, crop=0.5, flip=True)
-    make = functools.partial(train.training_batches, reader, np.arange(10), batch=4)
+    make = functools.partial(train.training_batches, reader, np.arange(10), batch_size=4)
     whole = make(mesh=mesh_of(1, 1), seed=0, first=0)
     want = [next(whole) for _ in range(5)]
     whole.close()
@@ -413,10 +419,29 @@ def test_evaluation_has_every_row_once_in_order():
     np.testing.assert_allclose(batches[2]["images"][1], 9 / 127.5 - 1)
 
 
+def test_a_batch_that_is_not_spread_evenly_over_the_processes_is_refused(monkeypatch):
+    class Sharding:
+        def __init__(self, mesh, spec):
+            pass
+
+        def addressable_devices_indices_map(self, shape):
+            return {"device": (slice(2, 5),)}
+
+    monkeypatch.setattr(train, "NamedSharding", Sharding)
+    with pytest.raises(ValueError, match="rows 2 to 5 of process 0 are not an even share"):
+        train.rows_of_process(None, 8)
+
+
+def test_rank_in_class():
+    np.testing.assert_array_equal(
+        pictures.rank_in_class(np.array([4, 7, 4, 4, 7])), [0, 0, 1, 2, 1]
+    )
+
+
 def test_evaluation_by_hand():
     logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [1, 1, 1]])
     labels = np.array([0, 1, 1, -1])
-    loss, right, count = train.evaluate(
+    result = train.evaluate(
         lambda params, images: jnp.asarray(logits[images]),
         None,
         [
@@ -424,9 +449,10 @@ def test_evaluation_by_hand():
             {"images": np.array([2, 3]), "labels": jnp.asarray(labels[2:])},
         ],
     )
-    assert count == 3
-    assert loss == pytest.approx((2 * np.log(2) + np.log(4)) / 3, rel=1e-6)
-    assert right == pytest.approx(200 / 3)
+    assert result.count == 3
+    assert result.loss == pytest.approx((2 * np.log(2) + np.log(4)) / 3, rel=1e-6)
+    assert result.accuracy == pytest.approx(200 / 3)
+    assert str(result) == "66.7 % of 3 pictures, loss 0.924 nats"
 
 
 # ==== Linear probe ================================================================================
@@ -436,9 +462,9 @@ def test_probe_separates_what_can_be_separated_and_nothing_else():
     rng = np.random.default_rng(0)
     labels = np.arange(100) % 4
     x = rng.normal(size=(100, 6)).astype(np.float32)
-    by_chance, _ = train.probe(x, labels)
+    by_chance, _ = probe.probe(x, labels)
     x[:, :4] += 10 * np.eye(4)[labels]
-    accuracy, _ = train.probe(x, labels)
+    accuracy, _ = probe.probe(x, labels)
     assert accuracy.min() == 100 and 5 < by_chance.mean() < 45
 
 
@@ -447,7 +473,7 @@ def test_fit_probe_is_at_its_minimum():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(40, 3))
     labels = np.arange(40) % 2
-    weights = train.fit_probe(x, labels, [0.1, 1])
+    weights = probe.fit_probe(x, labels, [0.1, 1])
     for i, penalty in enumerate([0.1, 1]):
         w = weights[:, i]
         residual = jax.nn.softmax(x @ w[:3] + w[3]) - np.eye(2)[labels]
@@ -490,7 +516,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     mesh = "--mesh data=2,model=2 --fsdp --accumulate 2 --mixup 0.2 --learning-rate 0.02"
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split())
     printed = capsys.readouterr().out
-    assert "45 pictures, 12 held out, 4 cpu device(s)" in printed
+    assert "45 pictures, 12 held out, 4 cpu devices" in printed
     assert re.search(
         r"^step 8/24  loss \d\.\d{3} nats  [\d,]+ pictures/s  \d+ s left$", printed, re.M
     )
@@ -504,7 +530,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     about = json.loads((out / "model.json").read_text())
     assert about["classes"] == ["2", "3", "5"]
     config = vit.Config(**about["config"])
-    assert config == change(SMALL, image_size=8, patch_size=2, channels=1, classes=3, fsdp=True)
+    assert config == change(SMALL, image_size=8, patch_size=2, channels=1, classes=3)
     vit.load(out / "model.npz", config)
 
     evaluation = "--checkpoint", out / "model.npz", "--data", brightness, "--out", out
@@ -513,7 +539,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     assert again.startswith(f"result: held-out accuracy {result[1]} % of 12 pictures")
 
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split(), status=2)
-    assert "holds the states of a run: --resume goes on with it" in capsys.readouterr().err
+    assert "holds the states of a run: go on with it by --resume" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")
@@ -534,10 +560,10 @@ def test_a_folder_with_a_damaged_picture(folder, tmp_path, capsys):
     run("--checkpoint", out / "model.npz", "--predict", folder, "--out", out, "--skip-corrupt")
     with open(out / "predictions.csv", newline="") as file:
         rows = list(csv.reader(file))
-    assert rows[0] == ["file", "class1", "chance1", "class2", "chance2", "class3", "chance3"]
+    assert ",".join(rows[0]) == "file,class1,probability1,class2,probability2,class3,probability3"
     assert len(rows) == 1 + 32
     cells = {row[0]: row[1:] for row in rows[1:]}
-    assert cells["grey/damaged.png"] == [] and cells["light/animated.gif"] == []
+    assert cells["grey/damaged.png"] == cells["light/animated.gif"] == [""] * 6
     best = cells["dark/3.png"]
     assert {best[0], best[2], best[4]} == {"dark", "grey", "light"}
     assert sum(map(float, best[1::2])) == pytest.approx(1, abs=1e-3)
@@ -563,7 +589,7 @@ def test_fine_tuning_and_probing_of_a_released_checkpoint(brightness, tmp_path, 
     run(*common, "--probe", "--per-class", 17, "--out", out)
     printed = capsys.readouterr().out
     assert "features (51, 16) in" in printed  # 6 of the pre-logits are dropped, as by adapt
-    spread = r"^result: linear probe, accuracy (\d+\.\d) % \+- \d+\.\d over 5 folds of 51 pictures"
+    spread = r"^result: linear probe, accuracy (\d+\.\d) % \+- \d+\.\d between 5 folds, 51 pictures"
     assert float(re.search(spread, printed, re.M)[1]) > 60
 
 
@@ -645,13 +671,27 @@ def test_resume_compares_what_matters_and_not_where_the_data_lies(brightness, tm
     run("--data", moved, *flags, "--steps", 2, "--out", out, "--resume")  # nothing is left to do
     assert "result: held-out accuracy" in capsys.readouterr().out
     run("--data", moved, *flags, "--steps", 3, "--out", out, "--resume", status=2)
-    assert "was made with steps=2, not 3" in capsys.readouterr().err
+    assert "has steps=2, not 3" in capsys.readouterr().err
     with np.load(moved) as data:
         other = write_npz(
             tmp_path / "other.npz", images=255 - data["images"], labels=data["labels"]
         )
     run("--data", other, *flags, "--steps", 2, "--out", out, "--resume", status=2)
-    assert "was made with data=" in capsys.readouterr().err
+    assert "has checksum of the pictures=" in capsys.readouterr().err
+    run(
+        "--data",
+        moved,
+        "--validation",
+        moved,
+        *flags,
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--resume",
+        status=2,
+    )
+    assert "has checksum of the pictures=" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")
@@ -670,10 +710,23 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_state(
     flags = "--size small --batch 8 --steps 60 --every 1 --report 1 --optimizer sgd --clip 0"
     run("--data", brightness, *flags.split(), "--learning-rate", "1e30", "--out", out, status=1)
     captured = capsys.readouterr()
-    stopped = int(re.fullmatch(r"train.py: step (\d+): the loss is (nan|inf)\n", captured.err)[1])
+    reason = r"(the loss is (nan|inf)|there are weights that are not finite)"
+    stopped = re.fullmatch(rf"train.py: step (\d+): {reason}\n", captured.err)
     states = [int(path.name) for path in (out / "state").iterdir()]
-    assert max(states) == stopped - 1
+    assert 0 < max(states) < int(stopped[1])
     assert not (out / "model.npz").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_weights_that_are_not_finite_are_not_saved(brightness, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "all_finite", lambda params: False)
+    flags = "--size small --batch 8 --steps 2 --every 2"
+    run("--data", brightness, *flags.split(), "--out", tmp_path / "run", status=1)
+    assert "step 2: there are weights that are not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "run/state").iterdir())
+    monkeypatch.undo()
+    assert train.all_finite({"a": jnp.ones(2)})
+    assert not train.all_finite({"a": jnp.ones(2), "b": jnp.array([1, np.nan])})
 
 
 @pytest.mark.usefixtures("quick")
@@ -690,7 +743,7 @@ def test_a_state_that_cannot_be_written_ends_the_run_in_one_line(
     flags = "--size small --batch 8 --steps 2 --every 1"
     run("--data", brightness, *flags.split(), "--out", tmp_path / "run", status=1)
     error = capsys.readouterr().err
-    assert error.endswith("the state cannot be written: no space is left on the device\n")
+    assert error.endswith("run/state: no space left on device\n")
     assert len(error.splitlines()) == 1
 
 
@@ -714,12 +767,12 @@ def test_a_state_that_cannot_be_written_ends_the_run_in_one_line(
         ("--seed 9223372036854775808", "--seed 9223372036854775808 is not in 0 to 4294967295"),
         ("--warmup 5", "--warmup 5 is not below 2 steps"),
         ("--dropout 1.5", "dropout=1.5 is not in [0, 1)"),
-        ("--size B/17", "--size B/17 is none of Ti/16, S/32, S/16"),
+        ("--size B/17", "--size B/17 is not one of Ti/16, S/32, S/16"),
         (
             "--patch 3",
-            "image_size=(8, 8) is not a positive multiple of patch_size=(3, 3) (--patch,",
+            "image_size=(8, 8) is not a positive multiple of patch_size=(3, 3); see --patch",
         ),
-        ("--recipe cats", "--recipe cats is none of ImageNet-21k, ImageNet"),
+        ("--recipe cats", "--recipe cats is not one of ImageNet-21k, ImageNet"),
         ("--mesh 2x4", "--mesh 2x4 is not of the form data=4,model=2"),
         ("--mesh data=4,model=4", "--mesh data=4,model=4 needs 16 devices, there are 8"),
         ("--mesh data=1,model=8", "4 is not a multiple of mesh axis model=8"),
@@ -728,17 +781,20 @@ def test_a_state_that_cannot_be_written_ends_the_run_in_one_line(
             "--batch 12 is not a multiple of data x accumulate = 8",
         ),
         ("--accumulate 3", "--batch 4 is not a multiple of data x accumulate = 3"),
-        ("--distributed junk", "--distributed junk is not of the form HOST:PORT,COUNT,INDEX"),
-        ("--resume", "there is no complete state in"),
+        ("--distributed junk", "--distributed junk is not of the form HOST:PORT,PROCESSES,INDEX"),
         ("--data missing.npz", "missing.npz does not exist"),
-        ("--data one.npz", "one.npz: there is one class, 0"),
-        ("--data few.npz", "few.npz: class 1 has 1 pictures, at least 2 are needed"),
+        ("--data one.npz", "one.npz: there is one class, 0; two are needed"),
+        ("--data few.npz", "few.npz: class 1 has too few pictures: 1, not 2"),
         ("--data empty", "empty has no folder with pictures; one per class is needed"),
         ("--validation other.npz", "other.npz: its classes are not those of"),
-        ("--checkpoint text.npz", "text.npz is not an .npz, or only the first part of one"),
-        ("--checkpoint text.npz --patch 4", "--patch is that of the checkpoint: leave it out"),
-        ("--evaluate", "--predict and --evaluate need a --checkpoint"),
-        ("--out text.npz", "--out text.npz is no folder that can be made: File exists"),
+        ("--checkpoint text.npz --patch 4", "--size is that of the checkpoint: leave it out"),
+        ("--evaluate", "--evaluate needs a --checkpoint"),
+        ("--untrained", "--untrained needs a --checkpoint"),
+        ("--probe --evaluate", "argument --evaluate: not allowed with argument --probe"),
+        ("--per-class 5", "--per-class is for --probe only"),
+        ("--optimizer sgd --weight-decay 0.1", "--optimizer sgd takes no --weight-decay"),
+        ("--image-size 0", "argument --image-size: 0 is not of the form 224 or 224x320"),
+        ("--out text.npz", "--out text.npz cannot be written to: File exists"),
         ("--optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
     ],
 )
@@ -759,6 +815,15 @@ def test_mistakes_are_told_in_one_line(flags, message, brightness, tmp_path, cap
     assert error.startswith("train.py: ") and message in error, error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run/model.npz").exists()
+
+
+def test_a_checkpoint_that_is_none(brightness, tmp_path, capsys):
+    (tmp_path / "text.npz").write_text("no archive")
+    flags = ["--data", brightness, "--checkpoint", tmp_path / "text.npz", "--out", tmp_path / "run"]
+    run(*flags, status=2)
+    assert "text.npz is not an .npz, or only the first part of one" in capsys.readouterr().err
+    run(*flags, "--patch", 4, status=2)
+    assert "--patch is that of the checkpoint: leave it out" in capsys.readouterr().err
 
 
 def test_help_works_without_docstrings():

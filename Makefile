@@ -8,6 +8,8 @@ REQUIREMENTS = requirements.txt examples/requirements.txt
 
 override FILE := $(FILE:.py=)
 TESTS = $(FILE:%=tests/test_%.py)
+# Tests run on all cores, in up to 8 processes; on a GPU in one, since each would take its memory.
+PYTEST = $(VENV)/bin/python -m pytest $(if $(TEST_GPU),,-n auto --maxprocesses 8)
 BENCHES = $(or $(FILE:%=bench/bench_%.py),$(sort $(wildcard bench/bench_*.py)))
 
 .DEFAULT_GOAL := help
@@ -57,13 +59,13 @@ demo: .venv ## run the demos, then print what they got beside what was expected
 	@$(VENV)/bin/python tests/run_demos.py $(FILE)
 
 test: .venv ## run the tests
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-long: .venv ## run the tests marked long
-	$(VENV)/bin/python -m pytest -m long $(TESTS)
+	$(PYTEST) -m long $(TESTS)
 
 test-network: .venv ## run the tests that install a peer or a real model
-	$(VENV)/bin/python -m pytest -m network $(TESTS)
+	$(PYTEST) -m network $(TESTS)
 
 lint: .venv ## check format and style
 	$(VENV)/bin/python -m ruff format --check .

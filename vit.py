@@ -7,8 +7,8 @@
     logits = jax.jit(forward, static_argnames="config")(params, images, config)  # [B,N]
 
     optimizer = optax.adamw(1e-3)                   # training, here from random weights
-    mesh = make_mesh("data=1,model=1")              # or more devices
-    state = init_state(jax.random.key(0), config, optimizer, mesh)
+    mesh = make_mesh("data=1,model=1")              # or on more devices
+    state = init_state(jax.random.key(0), config, optimizer, mesh)  # or init_state(..., params)
     step = make_train_step(config, optimizer, mesh)
     state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
 
@@ -83,7 +83,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One Vision Transformer; the defaults are ViT-B/16. Raises ValueError for what cannot be."""
+    """One Vision Transformer; the defaults are ViT-B/16. Raises ValueError if impossible."""
 
     image_size: int | tuple[int, int] = 224  # height and width in pixels; one number for a square
     patch_size: int | tuple[int, int] = 16  # height and width in pixels
@@ -105,9 +105,9 @@ class Config:
     def __post_init__(self):
         for name in ("image_size", "patch_size"):
             size = getattr(self, name)
-            if isinstance(size, int):
+            if not isinstance(size, tuple | list):
                 size = (size, size)
-            object.__setattr__(self, name, tuple(size))  # as assignment would, but for frozen
+            object.__setattr__(self, name, tuple(size))  # the class is frozen: no plain assignment
         for name in ("channels", "width", "depth", "heads", "mlp", "representation"):
             size = getattr(self, name)
             require(size is None or size >= 1, f"{name}={size} is not at least 1")
@@ -134,8 +134,9 @@ class Config:
     @property
     def grid(self) -> tuple[int, int]:
         """Number of rows and of columns of patches."""
-        (H, W), (h, w) = self.image_size, self.patch_size
-        return H // h, W // w
+        height, width = self.image_size
+        h, w = self.patch_size
+        return height // h, width // w
 
     @property
     def tokens(self) -> int:
@@ -376,7 +377,7 @@ def encode(params, images, config: Config, *, key=None, data_axis=None, model_ax
         return x, None
 
     if config.remat:
-        # Kept are the inputs of a block's two halves; everything else is computed again.
+        # Only the inputs of a block's two halves are kept; everything else is computed again.
         # prevent_cse=False is safe inside a scan, and faster.
         keep = jax.checkpoint_policies.save_only_these_names("middle")
         layer = jax.checkpoint(layer, prevent_cse=False, policy=keep)

@@ -81,7 +81,9 @@ def positions(flat, image_size):
         require(np.ndim(table) == 3, f"pos_embedding is {np.shape(table)}, which has not 3 axes")
     else:
         kernel = np.shape(flat.get("embedding/kernel"))
-        require(len(kernel) == 4, "the checkpoint has no embedding/kernel [h,w,C,D]: it is not a ViT")
+        require(
+            len(kernel) == 4, "the checkpoint has no embedding/kernel [h,w,C,D]: it is not a ViT"
+        )
         require(
             image_size is not None,
             "the checkpoint has no pos_embedding: if its positions are fixed, give image_size",

@@ -698,7 +698,7 @@ def train(task: Task, args, mesh, states):
         return evaluate(forward, state.params, batches)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    devices = f"{mesh.size} {jax.default_backend()} devices"
+    devices = f"{mesh.size} {jax.default_backend()} device(s)"
     counts = f"{len(task.rows)} pictures, {len(task.held_out_rows)} held out"
     print(f"{size:,} parameters, {counts}, {devices}", flush=True)
 

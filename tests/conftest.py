@@ -1,4 +1,4 @@
-"""Tests run on 8 simulated CPU devices; with TEST_GPU=1 those marked gpu run on the GPU, and no others."""
+"""Tests run on 8 simulated CPU devices; with TEST_GPU=1 those marked gpu, alone, on the GPU."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 
 GPU = os.environ.get("TEST_GPU") == "1"
 if not GPU:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the environment, not jax.config: tests start processes of their own
+    os.environ["JAX_PLATFORMS"] = "cpu"  # not by jax.config: tests start processes of their own
 os.environ["MPLBACKEND"] = "Agg"  # no window, on a machine with a display either
 
 import jax  # noqa: E402, after the environment that it reads
@@ -16,12 +16,12 @@ import optax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before anything asks for a device
 jax.config.update("jax_default_matmul_precision", "highest")  # else GPUs multiply float32 as TF32
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `import vit`, started from any folder
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `import vit` from any folder
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Compiles in half the time, here and in processes started from here, to code that runs slower."""
+    """Compiles in half the time to slower code, here and in processes that are started here."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -38,5 +38,6 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=[item for item in items if item not in marked])
         items[:] = marked
     if jax.default_backend() != "gpu":
+        skip = pytest.mark.skip(reason="needs a GPU: TEST_GPU=1 make test, where there is one")
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU: TEST_GPU=1 make test, where there is one"))
+            item.add_marker(skip)

@@ -6,7 +6,11 @@ import pytest
 
 import run_demos
 
-PRINT = "import sys\nprint('result: accuracy: got {} %, expected 9 %, at least 8 %')\nsys.exit({})\n"
+PRINT = """
+import sys
+print('result: accuracy: got {} %, expected 9 %, at least 8 %')
+sys.exit({})
+"""
 
 
 @pytest.mark.parametrize(

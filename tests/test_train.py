@@ -516,7 +516,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     mesh = "--mesh data=2,model=2 --fsdp --accumulate 2 --mixup 0.2 --learning-rate 0.02"
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split())
     printed = capsys.readouterr().out
-    assert "45 pictures, 12 held out, 4 cpu devices" in printed
+    assert "45 pictures, 12 held out, 4 cpu device(s)" in printed
     assert re.search(
         r"^step 8/24  loss \d\.\d{3} nats  [\d,]+ pictures/s  \d+ s left$", printed, re.M
     )

@@ -9,7 +9,7 @@ REQUIREMENTS = requirements.txt examples/requirements.txt
 override FILE := $(FILE:.py=)
 TESTS = $(FILE:%=tests/test_%.py)
 # Tests run on all cores, in up to 8 processes; on a GPU in one, since each would take its memory.
-PYTEST = $(VENV)/bin/python -m pytest $(if $(TEST_GPU),,-n auto --maxprocesses 8)
+PYTEST = $(VENV)/bin/python -m pytest $(if $(TEST_GPU),,-n auto --maxprocesses 8 --dist worksteal)
 BENCHES = $(or $(FILE:%=bench/bench_%.py),$(sort $(wildcard bench/bench_*.py)))
 
 .DEFAULT_GOAL := help

@@ -7,8 +7,8 @@
     logits = jax.jit(forward, static_argnames="config")(params, images, config)  # [B,N]
 
     optimizer = optax.adamw(1e-3)                   # training, here from random weights
-    mesh = make_mesh("data=1,model=1")              # or on more devices
-    state = init_state(jax.random.key(0), config, optimizer, mesh)  # or init_state(..., params)
+    mesh = make_mesh("data=1,model=1")              # for eight devices: "data=4,model=2"
+    state = init_state(jax.random.key(0), config, optimizer, mesh)  # to go on: (..., params)
     step = make_train_step(config, optimizer, mesh)
     state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
 
@@ -20,8 +20,8 @@ Here      Patches, class token and positions (Eq. 1), encoder (Eq. 2, 3), image 
           (Sec. 3.2), training recipes (Tables 3, 4, without JFT-300M), attention rollout.
 Not here  Hybrid stem (Sec. 3.1), masked patches (App. B), attention dropout. Training on your own
           pictures: examples/train.py. Checkpoints of big_vision: examples/big_vision.py.
-Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, the last
-          LayerNorm before the tokens are pooled, a zero head for pre-training too.
+Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, a
+          zero head for pre-training too; with pool="gap", LayerNorm before the mean, not after.
           From the official code: variance as mean((x - mean)^2), not E[x^2] - E[x]^2; position
           embeddings can be resized to rectangles; rows with the label -1 are masked.
 Claims    C1 parameter counts (Table 1)
@@ -33,8 +33,9 @@ Claims    C1 parameter counts (Table 1)
           C7 a real trained model shows the patterns of Sec. 4.5: similar positions of neighbours,
              attention that reaches farther in deeper layers
           C8 FLOPs are linear in depth; those of attention are quadratic in the number of tokens
-Checked   google-research/vision_transformer @ c6de1e5: outputs and gradients in float32 on a CPU,
-          largest error 1.8e-6 of the largest value. Each claim is a test in tests/test_vit.py.
+Checked   google-research/vision_transformer @ c6de1e5: outputs and gradients in float32 on a CPU
+          differ by at most 1.8e-6 times the largest value. The claims are tests in
+          tests/test_vit.py.
 Run       python vit.py
           74 s on two CPU cores: 97.2 % of 1,000 held-out MNIST digits right; below 96.5 % it fails
 Axes      B batch  T tokens, class token first  S keys  D width  H heads  K features of a head
@@ -83,7 +84,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One Vision Transformer; the defaults are ViT-B/16. Raises ValueError if impossible."""
+    """One Vision Transformer; the defaults are ViT-B/16. Raises ValueError for bad values."""
 
     image_size: int | tuple[int, int] = 224  # height and width in pixels; one number for a square
     patch_size: int | tuple[int, int] = 16  # height and width in pixels
@@ -96,10 +97,10 @@ class Config:
     pool: str = "token"  # "token": the class token goes to the head; "gap": the mean of the patches
     representation: int | None = None  # width of a tanh layer before the head, "pre-logits"
     gelu: str = "tanh"  # "tanh" or "exact"; the two differ by up to 5e-4
-    dropout: float = 0.0  # rate, after the positions and in both halves of a block
-    dtype: str = "float32"  # or "bfloat16": of dense layers; residual sums and norms stay float32
+    dropout: float = 0.0  # rate; after the positions, attention, GELU and MLP
+    dtype: str = "float32"  # or "bfloat16": of dense layers; sums, norms, softmax stay float32
     attention: str = "xla"  # "xla": plain einsums; "cudnn": fused, on a GPU in bfloat16 only
-    remat: bool = True  # recompute most of a block in the backward pass: a sixth of the memory
+    remat: bool = True  # recompute in the backward pass: S/16 then needs a sixth of the memory
     fsdp: bool = False  # shard weights and optimizer state over the mesh axis "data" too
 
     def __post_init__(self):
@@ -107,10 +108,15 @@ class Config:
             size = getattr(self, name)
             if not isinstance(size, tuple | list):
                 size = (size, size)
+            require(len(size) == 2, f"{name}={size} is not one number or two")
             object.__setattr__(self, name, tuple(size))  # the class is frozen: no plain assignment
-        for name in ("channels", "width", "depth", "heads", "mlp", "representation"):
+        for name in ("channels", "width", "depth", "heads", "mlp"):
             size = getattr(self, name)
-            require(size is None or size >= 1, f"{name}={size} is not at least 1")
+            require(size >= 1, f"{name}={size} is not at least 1")
+        require(
+            self.representation is None or self.representation >= 1,
+            f"representation={self.representation} is not at least 1",
+        )
         require(self.classes >= 0, f"classes={self.classes} is not at least 0")
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -145,11 +151,11 @@ class Config:
 
 
 def standard_config(width, depth, heads, patch) -> Config:
-    """A Config whose MLP is four times as wide as its tokens, as all of Table 1."""
+    """A Config whose MLP has 4 x width hidden units, as all in Table 1."""
     return Config(width=width, depth=depth, heads=heads, mlp=4 * width, patch_size=patch)
 
 
-SIZES = {  # Table 1: B, L and H. Ti, S and B/8 came with later releases of the official code.
+SIZES = {  # Base, Large and Huge: Table 1. Tiny, Small and B/8 came with later official releases.
     "Ti/16": standard_config(192, 12, 3, 16),
     "S/32": standard_config(384, 12, 6, 32),
     "S/16": standard_config(384, 12, 6, 16),
@@ -177,8 +183,12 @@ def preprocess(pixels, size=None):
         high = float(pixels.max())
         already_scaled = jnp.issubdtype(pixels.dtype, jnp.floating) and 0 < high <= 1
         require(
-            0 <= low and high <= 255 and not already_scaled,
-            f"pixels are {pixels.dtype} from {low:.4g} to {high:.4g}, not 0 to 255",
+            0 <= low and high <= 255,
+            f"pixels are from {low:.4g} to {high:.4g}, not within 0 to 255",
+        )
+        require(
+            not already_scaled,
+            f"pixels are floats of at most {high:.4g}: are they scaled already, and not 0 to 255?",
         )
     B, *old_size, C = pixels.shape
     shape = (B, *(size or old_size), C)
@@ -199,7 +209,7 @@ def linear(x, weights, dtype, axes=1, model_axis=None):
     """A dense layer: contracts the last `axes` axes of x with the first of the kernel, adds bias.
 
     [...,I] -> [...,O] for a kernel [I,O], where I and O may stand for several axes. With model_axis
-    each device holds a slice of the inputs I, and the partial products are summed.
+    each device holds a slice of the inputs I, and the partial products are summed in float32.
     """
     kernel = weights["kernel"]
     leading = x.shape[: x.ndim - axes]
@@ -251,7 +261,7 @@ def embed(params, images, config: Config):
         low = float(images.min())
         high = float(images.max())
         require(
-            -1.001 < low and high < 1.001,
+            -1.001 < low and high < 1.001,  # 0.001 for rounding
             f"images are from {low:.4g} to {high:.4g}, not in [-1, 1]: see preprocess",
         )
     patches = patchify(images, config.patch_size)
@@ -265,6 +275,7 @@ def embed(params, images, config: Config):
 
 def project_qkv(x, weights, dtype):
     """Eq. 5: queries, keys and values by one matrix product. [B,T,D] -> three [B,H,T,K]."""
+    # The three kernels side by side are one dense layer from D to 3 x H x K.
     layers = [weights[name] for name in ("query", "key", "value")]
     qkv = {
         "kernel": jnp.stack([layer["kernel"] for layer in layers], axis=1),  # [D,3,H,K]
@@ -310,7 +321,7 @@ def attention_cudnn(q, k, v):
 def self_attention(x, weights, config: Config, model_axis=None):
     """MSA (Eq. 5 to 8). [B,T,D] -> [B,T,D], and q, k [B,H,T,K], which attention_maps needs.
 
-    weights are those of a block; with model_axis, of the heads on this device.
+    weights: one block's; with model_axis, only this device's heads.
     """
     q, k, v = project_qkv(x, weights, config.dtype)
     if config.attention == "cudnn":
@@ -325,7 +336,8 @@ def self_attention(x, weights, config: Config, model_axis=None):
 def mlp(x, weights, config: Config, key=None, model_axis=None):
     """Two dense layers with a GELU between them. [B,T,D] -> [B,T,D].
 
-    weights are those of a block; with model_axis, of the hidden units on this device.
+    weights: one block's; with model_axis, only this device's hidden units. key: for dropout after
+    the GELU; block itself drops after the MLP.
     """
     y = linear(x, weights["mlp1"], config.dtype)  # [B,T,F]
     y = jax.nn.gelu(y, approximate=config.gelu == "tanh")
@@ -353,7 +365,7 @@ def block(x, weights, config: Config, key=None, model_axis=None):
     y = layer_norm(x, weights["norm1"])
     y, (q, k) = self_attention(y, weights, config, model_axis)
     x = x + dropout(attention_key, y.astype(x.dtype), config.dropout)
-    x = checkpoint_name(x, "middle")  # encode keeps this for the backward pass
+    x = checkpoint_name(x, "middle")  # by this name encode keeps it for the backward pass
 
     # Eq. 3: z = MLP(LN(z')) + z'
     y = layer_norm(x, weights["norm2"])
@@ -367,6 +379,8 @@ def encode(params, images, config: Config, *, key=None, data_axis=None, model_ax
 
     The arguments are those of forward.
     """
+    depth = len(params["blocks"]["norm1"]["scale"])
+    require(depth == config.depth, f"params have {depth} blocks, not depth={config.depth}")
     table = param_table(config)
 
     def layer(x, inputs):
@@ -382,16 +396,17 @@ def encode(params, images, config: Config, *, key=None, data_axis=None, model_ax
         keep = jax.checkpoint_policies.save_only_these_names("middle")
         layer = jax.checkpoint(layer, prevent_cse=False, policy=keep)
 
-    embed_key, block_keys = None, None
+    embed_key = None
+    block_keys = None
     if key is not None:
         if data_axis:
             # Each device has other rows and needs other masks.
             key = jax.random.fold_in(key, lax.axis_index(data_axis))
-        embed_key, blocks_key = jax.random.split(key)
-        block_keys = jax.random.split(blocks_key, config.depth)
+        embed_key, encoder_key = jax.random.split(key)
+        block_keys = jax.random.split(encoder_key, config.depth)
 
-    embedding = gather(params["embed"], table["embed"], config, data_axis)
-    x = embed({**params, "embed": embedding}, images, config)
+    whole = gather(params["embed"], table["embed"], config, data_axis)
+    x = embed({**params, "embed": whole}, images, config)
     x = dropout(embed_key, x, config.dropout)
     x, _ = lax.scan(layer, x, (params["blocks"], block_keys))
     return layer_norm(x, params["norm"])
@@ -400,9 +415,10 @@ def encode(params, images, config: Config, *, key=None, data_axis=None, model_ax
 def forward(params, images, config: Config, *, key=None, data_axis=None, model_axis=None):
     """Logits. images [B,height,width,C] in [-1, 1] -> [B,N]; without classes [B,D] or [B,R].
 
-    A key turns dropout on. data_axis and model_axis are names of mesh axes, for use inside
-    shard_map: each block does two all-reduces over model_axis and, with fsdp, six all-gathers over
-    data_axis. Raises ValueError for images of another shape, dtype or range.
+    With a key Config.dropout is applied; its masks depend on the mesh. data_axis and model_axis are
+    names of mesh axes, for use inside shard_map: each block does two all-reduces over model_axis
+    and, with fsdp, six all-gathers over data_axis. Meant for jit: outside, every call compiles the
+    blocks again. Raises ValueError for images of another shape, dtype or range.
     """
     x = encode(params, images, config, key=key, data_axis=data_axis, model_axis=model_axis)
     if config.pool == "token":
@@ -445,17 +461,24 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
     targets = batch["labels"]
     if targets.ndim == 1:
         targets = one_hot(targets, config.classes)
+    require(
+        targets.shape == logits.shape,
+        f"labels are {targets.shape}, not [B] or {logits.shape}",
+    )
     total = -(targets * jax.nn.log_softmax(logits)).sum()
     count = targets.sum()
     if data_axis:
         total = lax.psum(total, data_axis)  # all-reduce: the rows of all devices
         count = lax.psum(count, data_axis)
-    loss = total / jnp.where(count > 0, count, 1)  # without a valid row 0, not 0/0
+    loss = total / jnp.where(count > 0, count, 1)  # no valid row: 0, not 0/0
     return loss, {"loss": loss}
 
 
 def attention_maps(params, images, config: Config):
-    """Attention weights (Eq. 6) of every block. [B,height,width,C] -> [L,B,H,T,S]."""
+    """Attention weights (Eq. 6) of every block. [B,height,width,C] -> float32 [L,B,H,T,S].
+
+    Large: 22 MB for one image of B/16 at 224 pixels, 191 MB at 384.
+    """
 
     def layer(x, weights):
         x, (q, k) = block(x, weights, config)
@@ -466,10 +489,11 @@ def attention_maps(params, images, config: Config):
 
 
 def attention_rollout(maps):
-    """The share of each input token in each output token. [L,B,H,T,S] -> [B,T,S].
+    """An estimate of how much each output token draws from each input token. -> [B,T,S].
 
-    Abnar & Zuidema, Sec. 3: the product A_L ... A_2 A_1 over the blocks, where A = 0.5 W + 0.5 I,
-    W is the mean of the attention weights over the heads, and I the residual connection.
+    maps: [L,B,H,T,S]. Abnar & Zuidema, Sec. 3: the product A_L ... A_2 A_1 over the blocks, where
+    A = 0.5 W + 0.5 I, W is the mean of the attention weights over the heads, and I stands for the
+    residual connection.
     """
     layers = (maps.mean(2) + jnp.eye(maps.shape[-1])) / 2  # [L,B,T,S]
     rollout = layers[0]
@@ -483,7 +507,7 @@ def attention_rollout(maps):
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """What is declared of one weight. A dataclass, so that jax.tree takes it as a leaf."""
+    """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
 
     shape: tuple
     spec: P  # the mesh axis that shards each array axis; "data" applies with Config.fsdp only
@@ -498,7 +522,7 @@ def param_table(config: Config) -> dict:
     K = D // H
     F = config.mlp
     T = config.tokens
-    R = config.representation or D
+    R = config.representation or D  # what the head reads
     N = config.classes
     C = config.channels
     h, w = config.patch_size
@@ -557,9 +581,9 @@ def param_table(config: Config) -> dict:
 
 def init_params(key: jax.Array, config: Config) -> dict:
     """Float32 weights from the official distributions. Nested dict, shapes as in param_table."""
-    table, treedef = jax.tree.flatten(param_table(config))
-    keys = jax.random.split(key, len(table))
-    arrays = [p.init(k, p.shape, jnp.float32) for k, p in zip(keys, table, strict=True)]
+    declared, treedef = jax.tree.flatten(param_table(config))
+    keys = jax.random.split(key, len(declared))
+    arrays = [p.init(k, p.shape, jnp.float32) for k, p in zip(keys, declared, strict=True)]
     return treedef.unflatten(arrays)
 
 
@@ -570,42 +594,44 @@ def interpolation_matrix(old, new):
     return np.maximum(0, 1 - distance)  # the two nearest values share a weight of 1
 
 
-def resize_position_embedding(table, old_grid, new_grid, prefix):
+def resize_position_embedding(positions, old_grid, new_grid, prefix):
     """Position embeddings for another grid of patches, by 2D interpolation (Sec. 3.2).
 
     [prefix+old,D] -> [prefix+new,D], for grids (rows, columns) of old and new patches. The first
     `prefix` rows, that of a class token, stay as they are.
     """
-    table = np.asarray(table)
+    positions = np.asarray(positions)
     patches = math.prod(old_grid)
     require(
-        len(table) == prefix + patches,
-        f"{len(table)} positions are not {prefix} + {patches} of grid {old_grid}",
+        len(positions) == prefix + patches,
+        f"{len(positions)} positions are not {prefix} + {patches} of grid {old_grid}",
     )
-    cells = table[prefix:].reshape(*old_grid, -1)  # [rows,columns,D]
-    rows = interpolation_matrix(old_grid[0], new_grid[0])
-    columns = interpolation_matrix(old_grid[1], new_grid[1])
-    cells = np.einsum("rx,cy,xyd->rcd", rows, columns, cells)  # x, y: old rows and columns
-    cells = cells.reshape(-1, table.shape[1]).astype(table.dtype)
-    return np.concatenate([table[:prefix], cells])
+    cells = positions[prefix:].reshape(*old_grid, -1)  # [old rows,old columns,D]
+    to_rows = interpolation_matrix(old_grid[0], new_grid[0])
+    to_columns = interpolation_matrix(old_grid[1], new_grid[1])
+    cells = np.einsum("ri,cj,ijd->rcd", to_rows, to_columns, cells)  # i, j: old row and column
+    cells = cells.reshape(-1, positions.shape[1]).astype(positions.dtype)
+    return np.concatenate([positions[:prefix], cells])
 
 
 def adapt(params, old_config: Config, new_config: Config) -> dict:
     """Pre-trained weights for fine-tuning (Sec. 3.2): positions resized, a new zero head.
 
-    The "pre_logits" layer is dropped where new_config has none, as in the official code. Raises
-    ValueError if another field of the architecture differs. Other weights are not copied.
+    The head is new even for the same number of classes. "pre_logits" is dropped where new_config
+    has none, as in the official code. All other weights are the same arrays as in params. Raises
+    ValueError if another field of the architecture differs.
     """
-    architecture = ("patch_size", "channels", "width", "depth", "heads", "mlp", "pool", "gelu")
-    for name in (*architecture, "representation"):
+    architecture = ["patch_size", "channels", "width", "depth", "heads", "mlp", "pool", "gelu"]
+    for name in [*architecture, "representation"]:
         old = getattr(old_config, name)
         new = getattr(new_config, name)
         dropped = name == "representation" and new is None
         require(old == new or dropped, f"a checkpoint of {name}={old} cannot become {name}={new}")
     table = param_table(new_config)
     params = {name: params[name] for name in table if name != "head"}
+    prefix = int(new_config.pool == "token")
     params["position"] = resize_position_embedding(
-        params["position"], old_config.grid, new_config.grid, prefix=int(new_config.pool == "token")
+        params["position"], old_config.grid, new_config.grid, prefix
     )
     if new_config.classes:
         params["head"] = jax.tree.map(lambda p: np.zeros(p.shape, np.float32), table["head"])
@@ -628,7 +654,8 @@ class Recipe(NamedTuple):
 
 
 # Of ViT-B/16: pre-training at 224 pixels, steps = epochs x images / batch; fine-tuning at 384
-# pixels, where Table 4 has several learning rates to choose from. Columns as in Recipe.
+# pixels, where Table 4 has several learning rates to choose from and the warm-up is that of the
+# official code. Columns as in Recipe.
 RECIPES = {
     "ImageNet-21k": Recipe(
         "adam", 4096, 312_000, 1e-3, "linear", 10_000, 0.03, None, 0.1, "quoted: Table 3"
@@ -665,7 +692,7 @@ def gather(weights, table, config: Config, data_axis):
 
 
 def trimmed_spec(axes):
-    """PartitionSpec without None at the end, as jit returns it; another form would recompile."""
+    """PartitionSpec without None at the end, as jit returns it: else the second step recompiles."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -702,7 +729,10 @@ class State(NamedTuple):
 
 
 def slot_spec(slot, spec, param):
-    """The PartitionSpec of an optimizer's array: that of its weight, where their sizes agree."""
+    """The PartitionSpec of a slot, an optimizer's array for one weight, such as Adam's mean.
+
+    It is that of the weight, on the axes where their sizes agree.
+    """
     if slot.ndim != param.ndim:
         return P()
     axes = []
@@ -715,13 +745,15 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
     """Weights, optimizer state and step 0, each created on the mesh with its sharding.
 
     The weights are copies of `params` if given, for example from load or adapt; else they are
-    drawn. mesh has the axes "data" and "model", both Auto; optimizer is any of optax.
+    drawn. mesh has the axes "data" and "model", both Auto; optimizer is one of optax that needs
+    nothing but gradients and weights.
     """
 
     def init(key, params):
         if params is None:
             params = init_params(key, config)
-        params = jax.tree.map(jnp.copy, params)  # a train step will give its state away
+        # The train step donates its state: without a copy the caller's params would be deleted.
+        params = jax.tree.map(jnp.copy, params)
         return State(params, optimizer.init(params), jnp.int32(0))
 
     shapes = jax.eval_shape(init, key, params)
@@ -735,10 +767,12 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
         transform_non_params=lambda _: P(),
     )
     shardings = jax.tree.map(lambda s: NamedSharding(mesh, s), State(specs, slot_specs, P()))
+    if params is not None:
+        params = jax.device_put(params, shardings.params)
     return jax.jit(init, out_shardings=shardings)(key, params)
 
 
-def communicating(mesh, axis):
+def axis_if_split(mesh, axis):
     """The name of a mesh axis, or None if it has one device and needs no communication."""
     if mesh.shape[axis] == 1:
         return None
@@ -747,8 +781,8 @@ def communicating(mesh, axis):
 
 def global_loss(config: Config, mesh):
     """loss_fn for a whole batch on the mesh: (params, batch, key) -> (loss, metrics)."""
-    data_axis = communicating(mesh, "data")
-    model_axis = communicating(mesh, "model")
+    data_axis = axis_if_split(mesh, "data")
+    model_axis = axis_if_split(mesh, "model")
 
     def local_loss(params, batch, key):
         return loss_fn(params, batch, key, config, data_axis=data_axis, model_axis=model_axis)
@@ -779,7 +813,7 @@ def make_train_step(config: Config, optimizer, mesh, gradient=None):
     loss = global_loss(config, mesh)
 
     def plain_gradient(params, batch, key, step):
-        # Differentiated from outside: the transpose of shard_map all-reduces the gradients.
+        # Differentiated outside shard_map: JAX itself then sums the gradients over the devices.
         return jax.value_and_grad(loss, has_aux=True)(params, batch, key)
 
     gradient = gradient or plain_gradient
@@ -813,7 +847,7 @@ OFFICIAL_BLOCK = {  # below Transformer/encoderblock_0, encoderblock_1, ...
     "mlp2": "MlpBlock_3/Dense_1",
 }
 OFFICIAL_POSITION = "Transformer/posembed_input/pos_embedding"
-NEWER_BLOCK = {  # Newer versions of the official code number each type of layer separately.
+NEWER_BLOCK = {  # Newer official code numbers each type of layer separately -> released names.
     "LayerNorm_1/": "LayerNorm_2/",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
     "MlpBlock_0/": "MlpBlock_3/",
@@ -833,7 +867,7 @@ def named_leaves(tree) -> dict:  # same in every file
 
 def released_names(flat) -> dict:
     """The arrays of a checkpoint under the names of the released files, known prefixes removed."""
-    for prefix in PREFIXES:
+    for prefix in PREFIXES:  # one after the other, for they can be nested: params/img/...
         below = {n.removeprefix(prefix): array for n, array in flat.items() if n.startswith(prefix)}
         if below:
             flat = below
@@ -890,7 +924,7 @@ def infer_config(flat, **fields) -> Config:
 
 
 def official_places(config: Config) -> dict:
-    """Official name -> (path of our weight, index that gives it the official shape)."""
+    """Official name -> (path of our weight, index into it that selects the official array)."""
     places = {}
     for path in named_leaves(param_table(config)):  # "blocks/mlp1/kernel", "head/bias", "class"
         layer, *rest = path.split("/")
@@ -927,7 +961,7 @@ def from_official(flat, config: Config) -> dict:
     """
     flat = released_names(flat)
     params = jax.tree.map(lambda param: np.empty(param.shape, np.float32), param_table(config))
-    leaves = named_leaves(params)
+    leaves = named_leaves(params)  # the same arrays: to fill them is to fill params
     places = official_places(config)
     expected = {name: leaves[path][index] for name, (path, index) in places.items()}
     check_names(flat, expected, "checkpoint")
@@ -985,7 +1019,8 @@ def read_npz(path) -> dict:  # same in every file
 def save(path, params, config: Config):
     """Writes an .npz under official names, which load and the official code read.
 
-    Config.gelu is not in it. Raises ValueError for weights that are not finite.
+    The file does not tell Config.gelu: see infer_config. Raises ValueError for weights that are
+    not finite.
     """
     flat = to_official(params, config)
     for name, array in flat.items():
@@ -1032,15 +1067,18 @@ def check_out(path):  # same in every file
 def load_digits(path):
     """Pictures uint8 [B,28,28,1] and labels int32 [B], shuffled: the file is sorted by label."""
     data = read_npz(path)
-    images = data.get("images", np.zeros(0))
-    labels = data.get("labels", np.zeros(0))
+    for name in ("images", "labels"):
+        require(name in data, f"{path} has no array {name}")
+    images = data["images"]
+    labels = data["labels"]
     require(
         images.dtype == np.uint8
         and images.shape[1:] == (28, 28)
         and labels.dtype.kind in "iu"
-        and len(images) == len(labels) >= 10,
+        and labels.shape == (len(images),)
+        and len(images) >= 10,
         f"{path}: images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape} "
-        "are not uint8 [B,28,28] and integers [B]; for other pictures there is examples/train.py",
+        "are not ten or more uint8 [B,28,28] and integers [B]; examples/train.py takes others",
     )
     order = np.random.default_rng(0).permutation(len(images))
     return images[order][..., None], labels[order].astype(np.int32)
@@ -1050,7 +1088,7 @@ def augment(images, rng):
     """Shifts each picture by up to two pixels in any direction. uint8 [B,height,width,C]."""
     B, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    down, across = rng.integers(0, 5, (2, B, 1, 1))  # 2: not moved
+    down, across = rng.integers(0, 5, (2, B, 1, 1))  # into the padded picture; 2: not moved
     rows = down + np.arange(height)[:, None]  # [B,height,1]
     columns = across + np.arange(width)  # [B,1,width]
     return padded[np.arange(B)[:, None, None], rows, columns]
@@ -1063,17 +1101,17 @@ def place(mesh, images, labels):
 
 
 def train(config: Config, mesh, images, labels, steps, seed):
-    """Trains on images uint8 [...,28,28,1] and their labels. Returns the weights."""
+    """Trains by Adam and a cosine schedule on images uint8 [B,28,28,1]. Returns the weights."""
     recipe = RECIPES["digits"]
     warmup = min(recipe.warmup, steps - 1)
-    rate = optax.warmup_cosine_decay_schedule(0, recipe.learning_rate, warmup, steps)
+    learning_rate = optax.warmup_cosine_decay_schedule(0, recipe.learning_rate, warmup, steps)
 
     def kernels(params):  # weight decay is for them alone
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(recipe.clip),
-        optax.adamw(rate, weight_decay=recipe.weight_decay, mask=kernels),
+        optax.adamw(learning_rate, weight_decay=recipe.weight_decay, mask=kernels),
     )
     init_key, step_key = jax.random.split(jax.random.key(seed))
     state = init_state(init_key, config, optimizer, mesh)
@@ -1094,7 +1132,7 @@ def train(config: Config, mesh, images, labels, steps, seed):
 
 
 def accuracy(params, config: Config, mesh, images, labels):
-    """Accuracy in per cent on images uint8 [...,28,28,1] and their labels, batch by batch."""
+    """Accuracy in per cent on images uint8 [B,28,28,1] and their labels, batch by batch."""
 
     @jax.jit
     def count_right(params, batch):
@@ -1178,8 +1216,8 @@ def main(argv=None) -> int:
         print(f"vit.py: {error}", file=sys.stderr)
         return 1
     got = accuracy(params, config, mesh, images[:held], labels[:held])
-    known = (args.steps, args.seed, args.data) == (recipe.steps, 0, data)
-    if known:
+    defaults = (args.steps, args.seed, args.data) == (recipe.steps, 0, data)
+    if defaults:
         expected = f"expected {EXPECTED} %, at least {FLOOR} %"
     else:
         expected = "expected unknown, at least unknown"
@@ -1188,8 +1226,8 @@ def main(argv=None) -> int:
         draw(args.out, params, config, images[:held], labels[:held])
         print(f"wrote {args.out}")
     except Exception as error:  # matplotlib is missing, or it cannot draw here
-        print(f"no figure: {error}")
-    return int(known and got < FLOOR)
+        print(f"no figure: {type(error).__name__}: {error}")
+    return int(defaults and got < FLOOR)
 
 
 def run_program(main):  # same in every file

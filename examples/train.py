@@ -57,7 +57,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]  # for the imports below, fro
 import pictures  # noqa: E402
 from probe import FOLDS, probe  # noqa: E402
 
-from vit import communicating, make_mesh, read_npz, require, run_program  # noqa: E402
+from vit import axis_if_split, make_mesh, read_npz, require, run_program  # noqa: E402
 
 MODELS = [name for name in ("vit", "mixer", "moe") if (ROOT / f"{name}.py").exists()]
 OPTIMIZERS = ("adam", "adamw", "sgd", "amos")
@@ -311,8 +311,8 @@ def evaluation_batches(reader, rows, mesh, batch_size):
 
 def make_forward(model, config, mesh):
     """Jitted logits of a whole batch: (params, images [B,H,W,C]) -> [B,N] on every device."""
-    data_axis = communicating(mesh, "data")
-    model_axis = communicating(mesh, "model")
+    data_axis = axis_if_split(mesh, "data")
+    model_axis = axis_if_split(mesh, "model")
 
     def local_logits(params, images):
         out = model.forward(params, images, config, data_axis=data_axis, model_axis=model_axis)

@@ -1,15 +1,26 @@
 """Tests run on 8 simulated CPU devices; with TEST_GPU=1 those marked gpu, alone, on the GPU."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 import pytest
 
 GPU = os.environ.get("TEST_GPU") == "1"
+# By the environment, not by jax.config: tests start processes of their own.
 if not GPU:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # not by jax.config: tests start processes of their own
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"  # no window, on a machine with a display either
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What a test or a process has compiled is there for the next, until the tests end.
+    cache = tempfile.mkdtemp(prefix="jax-compiled-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax  # noqa: E402, after the environment that it reads
 import optax  # noqa: E402

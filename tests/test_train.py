@@ -99,7 +99,7 @@ def test_golden_pretraining_optimizer():
     [
         ("vit_finetune_steps_f32mom", None, 2e-6),
         # The official bfloat16 momentum rounds apart from ours where a value lies between two.
-        ("vit_finetune_steps", "bfloat16", 5e-3),
+        pytest.param("vit_finetune_steps", "bfloat16", 5e-3, marks=pytest.mark.long),
     ],
 )
 def test_golden_fine_tuning_steps(name, dtype, tolerance):
@@ -159,13 +159,10 @@ def random_batch(size=8, masked=()):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("soft", [False, True], ids=["int labels", "soft labels"])
-def test_microbatches_equal_the_whole_batch(soft):
+def test_microbatches_equal_the_whole_batch():
     """On a mesh, and with rows that do not count spread unevenly over the microbatches."""
     mesh = mesh_of(2, 2)
     batch = random_batch(16, masked=(0, 4, 8, 9))
-    if soft:
-        batch["labels"] = np.asarray(train.as_rows(batch["labels"], 3))
     plain = train.plain_gradient(vit, TINY, mesh)
     accumulated = train.accumulate(plain, 4, mesh)
     params = random_params(TINY)
@@ -173,6 +170,19 @@ def test_microbatches_equal_the_whole_batch(soft):
     (want, _), want_grads = jax.jit(plain)(params, batch, jax.random.key(0), 0)
     assert float(loss) == float(metrics["loss"]) == pytest.approx(float(want), rel=1e-5)
     close_gradients(vit.named_leaves(grads), vit.named_leaves(want_grads), 1e-5)
+
+
+def test_microbatches_of_mixed_labels_weigh_as_much_as_their_labels():
+    def gradient(params, batch, key, step):
+        weights = batch["labels"].sum(1)
+        mean = (weights * batch["images"]).sum() / jnp.maximum(weights.sum(), 1e-30)
+        return (mean, {"loss": mean}), {"w": mean}
+
+    labels = jnp.array([[1.0, 0], [0, 0], [0.5, 0.5], [0.25, 0]])  # the last row counts a quarter
+    batch = {"images": jnp.array([1.0, 5, 2, 8]), "labels": labels}
+    accumulated = train.accumulate(gradient, 2, mesh_of(1, 1))
+    (loss, _), grads = accumulated({"w": jnp.ones(())}, batch, jax.random.key(0), 0)
+    assert float(loss) == float(grads["w"]) == pytest.approx((1 + 2 + 0.25 * 8) / 2.25)
 
 
 def test_microbatches_have_their_own_keys_and_no_row_moves():
@@ -488,7 +498,7 @@ SMALL = vit.Config(patch_size=4, width=16, depth=1, heads=4, mlp=32)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """`--size small`, and numbers that are not looked at too closely compile faster."""
+    """A row of SIZES that compiles fast."""
     monkeypatch.setitem(vit.SIZES, "small", SMALL)
 
 
@@ -512,21 +522,21 @@ def assert_same_models(out, other):
 @pytest.mark.usefixtures("quick")
 def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys):
     out = tmp_path / "runs/one"
-    flags = "--size small --patch 2 --batch 16 --steps 24 --report 4 --every 12 --keep 1 --crop 0.5"
-    mesh = "--mesh data=2,model=2 --fsdp --accumulate 2 --mixup 0.2 --learning-rate 0.02"
+    flags = "--size small --patch 2 --batch 16 --steps 16 --report 4 --every 8 --keep 1 --crop 0.5"
+    mesh = "--mesh data=2,model=2 --fsdp --accumulate 2 --mixup 0.2 --learning-rate 0.03"
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split())
     printed = capsys.readouterr().out
     assert "45 pictures, 12 held out, 4 cpu device(s)" in printed
     assert re.search(
-        r"^step 8/24  loss \d\.\d{3} nats  [\d,]+ pictures/s  \d+ s left$", printed, re.M
+        r"^step 12/16  loss \d\.\d{3} nats  [\d,]+ pictures/s  \d+ s left$", printed, re.M
     )
     result = re.search(r"^result: held-out accuracy (\d+\.\d) % of 12 pictures", printed, re.M)
     assert float(result[1]) > 60  # three brightnesses
 
     rows = metrics_of(out)
-    assert [row["step"] for row in rows] == ["4", "8", "12", "16", "20", "24"]
-    assert [row["held_out_loss"] != "" for row in rows] == [False, False, True] * 2
-    assert sorted(p.name for p in (out / "state").iterdir()) == ["24"]
+    assert [row["step"] for row in rows] == ["4", "8", "12", "16"]
+    assert [row["held_out_loss"] != "" for row in rows] == [False, True] * 2
+    assert sorted(p.name for p in (out / "state").iterdir()) == ["16"]
     about = json.loads((out / "model.json").read_text())
     assert about["classes"] == ["2", "3", "5"]
     config = vit.Config(**about["config"])
@@ -614,10 +624,10 @@ def start(*flags):
 @pytest.mark.usefixtures("quick")
 def test_killed_twice_and_resumed_it_ends_with_the_same_bits(brightness, tmp_path, monkeypatch):
     monkeypatch.setitem(vit.SIZES, "small", change(SMALL, dropout=0.1))
-    flags = "--size small --batch 8 --steps 16 --every 1 --report 1 --mesh data=2,model=1"
+    flags = "--size small --batch 8 --steps 8 --every 2 --report 1 --mesh data=2,model=1"
     flags = ["--data", brightness, *flags.split()]
     rng = np.random.default_rng(time.time_ns())
-    for last, resume in ((4, []), (9, ["--resume"])):
+    for last, resume in ((3, []), (6, ["--resume"])):
         with start(*flags, "--out", tmp_path / "cut", *resume) as process:
             for line in process.stdout:
                 if line.startswith(f"step {last}/"):
@@ -630,16 +640,17 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bits(brightness, tmp_pat
     assert_same_models(tmp_path / "cut", tmp_path / "whole")
     cut = metrics_of(tmp_path / "cut")
     whole = metrics_of(tmp_path / "whole")
-    assert [row["step"] for row in cut] == [str(i) for i in range(1, 17)]
+    assert [row["step"] for row in cut] == [str(i) for i in range(1, 9)]
     assert [row["loss"] for row in cut] == [row["loss"] for row in whole]
 
 
 @pytest.mark.usefixtures("quick")
 def test_two_processes_of_four_devices_train_as_one_of_eight(folder, tmp_path, monkeypatch):
+    """With amos.py, whose slots are smaller than the weights and sharded like them."""
     monkeypatch.setitem(vit.SIZES, "small", change(SMALL, dropout=0.1))
     (folder / "grey/damaged.png").unlink()
-    flags = "--size small --image-size 8 --batch 8 --steps 4 --every 2 --mesh data=4,model=2"
-    flags = ["--data", folder, "--fsdp", *flags.split()]
+    flags = "--size small --image-size 8 --batch 8 --steps 2 --every 1 --mesh data=4,model=2"
+    flags = ["--data", folder, "--fsdp", "--optimizer", "amos", *flags.split()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -695,56 +706,49 @@ def test_resume_compares_what_matters_and_not_where_the_data_lies(brightness, tm
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("optimizer", ["amos", "sgd", "adamw"])
-def test_other_optimizers_train_on_a_mesh(optimizer, brightness, tmp_path):
-    flags = "--size small --batch 8 --steps 2 --mesh data=2,model=2 --fsdp --learning-rate 0.1"
-    run("--data", brightness, *flags.split(), "--optimizer", optimizer, "--out", tmp_path / "run")
-    assert (tmp_path / "run/model.npz").exists()
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_state(
-    brightness, tmp_path, capsys
-):
-    out = tmp_path / "run"
-    flags = "--size small --batch 8 --steps 60 --every 1 --report 1 --optimizer sgd --clip 0"
-    run("--data", brightness, *flags.split(), "--learning-rate", "1e30", "--out", out, status=1)
-    captured = capsys.readouterr()
-    reason = r"(the loss is (nan|inf)|there are weights that are not finite)"
-    stopped = re.fullmatch(rf"train.py: step (\d+): {reason}\n", captured.err)
-    states = [int(path.name) for path in (out / "state").iterdir()]
-    assert 0 < max(states) < int(stopped[1])
-    assert not (out / "model.npz").exists()
-
-
-@pytest.mark.usefixtures("quick")
 def test_weights_that_are_not_finite_are_not_saved(brightness, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "all_finite", lambda params: False)
-    flags = "--size small --batch 8 --steps 2 --every 2"
+    finite = iter([True, False])
+    monkeypatch.setattr(train, "all_finite", lambda params: next(finite))
+    flags = "--size small --batch 8 --steps 4 --every 2"
     run("--data", brightness, *flags.split(), "--out", tmp_path / "run", status=1)
-    assert "step 2: there are weights that are not finite" in capsys.readouterr().err
-    assert not list((tmp_path / "run/state").iterdir())
+    error = capsys.readouterr().err
+    assert error == "train.py: step 4: there are weights that are not finite\n"
+    assert [path.name for path in (tmp_path / "run/state").iterdir()] == ["2"]
+    assert not (tmp_path / "run/model.npz").exists()
     monkeypatch.undo()
     assert train.all_finite({"a": jnp.ones(2)})
     assert not train.all_finite({"a": jnp.ones(2), "b": jnp.array([1, np.nan])})
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_state_that_cannot_be_written_ends_the_run_in_one_line(
-    brightness, tmp_path, capsys, monkeypatch
-):
+def test_a_loss_that_is_not_finite_is_named_with_its_step():
+    recent = [{"loss": jnp.float32(x), "more": jnp.float32(i)} for i, x in enumerate((1, 2, 6))]
+    assert train.mean_metrics(recent, 7) == {"loss": 3, "more": 1}
+    recent[1]["loss"] = jnp.float32(np.inf)
+    with pytest.raises(FloatingPointError, match="step 6: the loss is inf"):
+        train.mean_metrics(recent, 7)
+
+
+def test_a_state_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     """A disk that is full: orbax says so late, in the background, by a ValueError."""
     message = "RESOURCE_EXHAUSTED: Error writing x\n No space left on device [os_error_code='28']"
 
     def full(manager):
         raise ValueError(message)
 
+    states = train.States(tmp_path / "state", keep=1)
     monkeypatch.setattr(train.ocp.CheckpointManager, "wait_until_finished", full)
-    flags = "--size small --batch 8 --steps 2 --every 1"
-    run("--data", brightness, *flags.split(), "--out", tmp_path / "run", status=1)
-    error = capsys.readouterr().err
-    assert error.endswith("run/state: no space left on device\n")
-    assert len(error.splitlines()) == 1
+    with pytest.raises(train.SaveError, match="state: no space left on device$") as error:
+        states.close()
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise train.SaveError("state in run: no space left on device")
+
+    monkeypatch.setattr(train, "train", fail)
+    run("--data", brightness, "--size", "small", "--out", tmp_path / "run", status=1)
+    assert capsys.readouterr().err == "train.py: state in run: no space left on device\n"
 
 
 # ==== Mistakes ====================================================================================
@@ -826,7 +830,9 @@ def test_a_checkpoint_that_is_none(brightness, tmp_path, capsys):
     assert "--patch is that of the checkpoint: leave it out" in capsys.readouterr().err
 
 
-def test_help_works_without_docstrings():
-    command = [sys.executable, "-OO", ROOT / "examples/train.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--accumulate" in done.stdout and done.stderr == ""
+def test_help_needs_no_docstring(capsys, monkeypatch):
+    """Under python -OO there is none."""
+    monkeypatch.setattr(train, "__doc__", None)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0 and "--accumulate" in capsys.readouterr().out

@@ -535,7 +535,7 @@ class Task(NamedTuple):
     config: Any
     params: Any  # of the checkpoint; None: to be drawn
     source: Any
-    rows: np.ndarray  # of source, for training
+    rows: np.ndarray  # of source, to train on or to probe
     held_out_source: Any
     held_out_rows: np.ndarray
 
@@ -543,7 +543,12 @@ class Task(NamedTuple):
 def read_task(args) -> Task:
     """Opens the pictures and the checkpoint. Raises ValueError if they do not fit each other."""
     source = pictures.open_pictures(args.data)
-    if args.validation:
+    if args.probe:  # all pictures, in folds
+        held_out_source = source
+        held_out_rows = np.arange(0)
+        rows = pictures.shuffled_rows(source, args.per_class)
+        pictures.check_classes(source, rows, least=max(FOLDS, args.per_class or 0))
+    elif args.validation:
         held_out_source = pictures.open_pictures(args.validation)
         rows = np.arange(len(source.labels))
         held_out_rows = np.arange(len(held_out_source.labels))
@@ -763,23 +768,20 @@ def run_probe(task: Task, args, mesh):
     else:
         params = {name: leaf for name, leaf in task.params.items() if name != "head"}
     params = place_params(task.model, config, mesh, params)
-    rows = pictures.shuffled_rows(task.source, args.per_class)
-    pictures.check_classes(task.source, rows, least=max(FOLDS, args.per_class or 0))
-
     forward = make_forward(task.model, config, mesh)
     reader = Reader(task.source, config)
     started = time.time()
     features = []
-    for batch in evaluation_batches(reader, rows, mesh, args.batch):
+    for batch in evaluation_batches(reader, task.rows, mesh, args.batch):
         features.append(np.asarray(forward(params, batch["images"])))
-    features = np.concatenate(features)[: len(rows)]
+    features = np.concatenate(features)[: len(task.rows)]
     print(f"features {features.shape} in {time.time() - started:.1f} s", flush=True)
 
-    accuracy, penalties = probe(features, task.source.labels[rows])
+    accuracy, penalties = probe(features, task.source.labels[task.rows])
     for fold in range(FOLDS):
         print(f"fold {fold + 1}  accuracy {accuracy[fold]:.1f} %  penalty {penalties[fold]:g}")
     spread = f"{accuracy.mean():.1f} % +- {accuracy.std():.1f} between {FOLDS} folds"
-    print(f"result: linear probe, accuracy {spread}, {len(rows)} pictures in all")
+    print(f"result: linear probe, accuracy {spread}, {len(task.rows)} pictures in all")
 
 
 def run_prediction(args, mesh):
@@ -1047,13 +1049,23 @@ def run(args):
             train(task, args, mesh, states)
 
 
-def main(argv=None) -> int:
-    """Returns the exit status: 1 if a run fails, 2 for bad input; either prints one line."""
-    args = make_parser().parse_args(argv)
-    # orbax and its threads print long tracebacks of errors that are reported below.
+def silence_orbax():
+    """Leaves out what orbax and its threads print of an error, which main reports in one line."""
     absl.logging.set_verbosity(absl.logging.FATAL)
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+    def hook(unraisable):
+        # Each of its pending writes ends with this error.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def main(argv=None) -> int:
+    """Returns the exit status: 1 if a run fails, 2 for bad input; either prints one line."""
+    args = make_parser().parse_args(argv)
     try:
         run(args)
     except (ValueError, NotImplementedError) as error:  # the latter from attention="cudnn"
@@ -1071,4 +1083,5 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    silence_orbax()
     run_program(main)

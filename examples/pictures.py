@@ -219,13 +219,13 @@ def check_classes(source, rows, least):
     smallest = int(counts.argmin())
     require(
         counts[smallest] >= least,
-        f"{source.path}: class {source.classes[smallest]} has too few pictures: "
-        f"{counts[smallest]}, not {least}",
+        f"{source.path}: class {source.classes[smallest]} has {counts[smallest]} distinct "
+        f"pictures, fewer than {least}",
     )
 
 
 def split(source):
-    """Rows for training, and a fifth of each class, at least one picture, that is held out."""
+    """Rows for training, and a fifth of each class, rounded up, that is held out."""
     rows = shuffled_rows(source)
     check_classes(source, rows, least=2)
     held_out = rank_in_class(source.labels[rows]) % 5 == 0
@@ -275,7 +275,7 @@ def random_box(rng, height, width, least):
     """A random crop (left, top, right, bottom), the official code's "Inception crop".
 
     Its share of the area is uniform in [least, 1] and its sides are from 3:4 to 4:3, as far as it
-    fits into the picture: the longer side is cut where it does not.
+    fits into the picture: a side that is longer than the picture's is cut.
     """
     area = height * width * rng.uniform(least, 1)
     ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

@@ -11,11 +11,12 @@ Writes    --out gets metrics.csv, state/ for --resume, and at the end model.npz,
           names of the official code, and model.json, with the config and the class names.
 Modes     --checkpoint starts from released or own weights: the position embedding is resized and
           the head is replaced by zeros (the model's `adapt`). --probe fits a logistic regression
-          to frozen features, five-fold. --evaluate only measures the accuracy on the held-out
-          pictures. --predict writes the five likeliest classes of every picture of a folder.
+          to frozen features, five-fold. --evaluate only measures loss and accuracy on the held-out
+          pictures, which are the same as in training. --predict writes the five likeliest classes
+          of every picture of a folder.
 Resume    --resume goes on from the last complete state, bit for bit on the same mesh, no matter
-          when the process was killed: batch n depends on the data, --batch, --seed and n alone.
-          Where there is no state it starts from the beginning.
+          when the process was killed: batch n depends on the pictures, the flags and n alone. All
+          flags must be those of the run, --steps too. Without a state it starts afresh.
 Scale     --mesh data=4,model=2 --fsdp --accumulate n. --distributed runs over several processes:
           without a value on clusters that JAX detects, else HOST:PORT,PROCESSES,INDEX. --out must
           then be on a file system that all of them share.
@@ -71,7 +72,7 @@ def learning_rate(peak, steps, warmup, decay, end=1e-5):
     if decay == "cosine":
         after_warmup = optax.cosine_decay_schedule(peak, decay_steps)
     else:
-        after_warmup = optax.linear_schedule(peak, end, decay_steps)
+        after_warmup = optax.linear_schedule(peak, min(end, peak), decay_steps)
     if warmup == 0:
         return after_warmup
     rise = optax.linear_schedule(0, peak, warmup)
@@ -137,7 +138,7 @@ def mixup(gradient, alpha, classes):
     """Wraps a gradient: each picture and its label are mixed with those of the previous row.
 
     As the official code: one share ~ Beta(alpha, alpha) for the whole batch, at least one half. A
-    row whose neighbour is masked stays as it is.
+    row whose neighbour is masked stays as it is. Inside accumulate, of each microbatch.
     """
 
     def mixed_gradient(params, batch, key, step):
@@ -203,7 +204,7 @@ def rows_of_process(mesh, batch_size):
     count = stop - start
     require(
         batch_size % count == 0 and start % count == 0,
-        f"rows {start} to {stop} of process {jax.process_index()} are not an even share of a batch",
+        f"rows {start} to {stop - 1} are not an even share of a batch: reorder --mesh",
     )
     return start, count
 
@@ -260,7 +261,7 @@ class Reader:
                 raise ValueError(f"{error}, or go on without it: --skip-corrupt") from None
             if row not in self.reported:
                 self.reported.add(row)
-                print(f"skipped: {error}", flush=True)
+                print(f"skipped: {error}", file=sys.stderr, flush=True)  # of every process
             return None
         return pictures.with_channels(picture, self.config.channels)
 
@@ -274,14 +275,15 @@ def scaled(batch):
 def placed_batches(examples, mesh, batch_size, first=0):
     """Yields the batches of a grain dataset of examples, from number `first` on, on the mesh.
 
-    Each process reads its own rows: a batch consists of `parts` local ones, one for each process
-    that holds other rows.
+    Each process reads its own rows. A batch is made of `parts` local ones: local batch
+    n * parts + i is part i of batch n, and this process reads part `own`.
     """
     sharding = NamedSharding(mesh, P("data"))
     start, count = rows_of_process(mesh, batch_size)
     parts = batch_size // count
+    own = start // count
     local = examples.batch(count)
-    local = local.slice(slice(first * parts + start // count, None, parts))  # every parts-th
+    local = local.slice(slice(first * parts + own, None, parts))  # every parts-th
 
     def place(array):
         shape = (batch_size, *array.shape[1:])
@@ -301,7 +303,8 @@ def training_batches(reader, rows, mesh, batch_size, seed, first):
 
 def evaluation_batches(reader, rows, mesh, batch_size):
     """Batches with each row once, in order; the last is filled up with blank examples."""
-    padding = np.full(-len(rows) % batch_size, -1)
+    missing = -len(rows) % batch_size  # to a whole batch
+    padding = np.full(missing, -1)
     examples = grain.MapDataset.source(np.concatenate([rows, padding])).map(reader.whole)
     return placed_batches(examples, mesh, batch_size)
 
@@ -448,10 +451,14 @@ def first_line(error):
 
 
 def write_text(path, text):
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all. Raises SaveError if it cannot be written."""
     partial = path.with_name(f"{path.name}.part")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SaveError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def csv_text(rows, columns):
@@ -510,7 +517,10 @@ def load_checkpoint(args):
     path = pathlib.Path(args.checkpoint).with_suffix(".json")
     about = {}
     if path.exists():
-        about = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not readable: {first_line(error)}") from None
     if {"model", "config", "classes"} <= set(about):
         name = about["model"]
         require(name == args.model, f"{args.checkpoint} is a checkpoint of {name}")
@@ -595,7 +605,7 @@ def from_checkpoint(args, source, fields):
     if args.evaluate:  # as it is
         require(
             classes == source.classes,
-            f"{args.checkpoint} was trained on other classes than those of {args.data}",
+            f"{args.checkpoint}: its {len(classes)} classes are not those of {args.data}",
         )
         return model, params, dataclasses.replace(old, dtype=args.dtype, fsdp=args.fsdp)
     if args.image_size:
@@ -613,14 +623,15 @@ def from_checkpoint(args, source, fields):
 
 
 def settings_of(task: Task, args):
-    """What must be the same for --resume. Pictures are compared by checksum, not by path."""
+    """What must be the same for --resume. Pictures are compared by their digests, not by path."""
     names = ["model", "batch", "steps", "optimizer", "learning_rate", "decay", "warmup"]
     names += ["weight_decay", "clip", "mixup", "accumulate", "crop", "no_flip", "seed"]
     settings = {name: getattr(args, name) for name in names}
     for name, value in as_json(task.config).items():
         settings[f"config.{name}"] = value
     rows = zlib.crc32(np.ascontiguousarray(task.rows))
-    settings["checksum of the pictures"] = [task.source.digest(), rows]
+    held_out = task.held_out_source.digest()
+    settings["checksum of the pictures"] = [task.source.digest(), rows, held_out]
     return settings
 
 
@@ -670,11 +681,14 @@ class Clock:
     def report(self, done):
         """Pictures per second since the last report, and seconds left."""
         now = time.time()
-        speed = self.batch_size * (done - self.last) / (now - self.reported)
+        speed = self.batch_size * (done - self.last) / max(now - self.reported, 1e-9)
         left = (now - self.started) / max(done - self.first, 1) * (self.steps - done)
         self.last = done
-        self.reported = now
         return speed, left
+
+    def go_on(self):
+        """To be called after a report, whose own time does not count as speed."""
+        self.reported = time.time()
 
 
 def train(task: Task, args, mesh, states):
@@ -739,6 +753,7 @@ def train(task: Task, args, mesh, states):
             log.add(row)  # before the state: what is saved is in the table too
             if saves:
                 states.save(state, settings)
+            clock.go_on()
 
     if result is None:  # resumed after the last step
         result = evaluated()
@@ -829,7 +844,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class FromScratch(NamedTuple):
-    """What --recipe sets, without a recipe."""
+    """The flags that a recipe sets, without one."""
 
     optimizer: str = "adam"
     batch: int = 128
@@ -874,15 +889,15 @@ def make_parser():
     add = parser.add_argument_group("weights and modes").add_argument
     add("--checkpoint", help="weights to start from, an .npz with the official parameter names")
     add("--gelu", choices=("tanh", "exact"), help="that of a released checkpoint (default: tanh)")
-    add("--untrained", action="store_true", help="the checkpoint's network with random weights")
+    add("--untrained", action="store_true", help="random weights instead of the checkpoint's")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--probe", action="store_true", help="fit a linear probe, do not train")
     mode.add_argument("--evaluate", action="store_true", help="only measure held-out accuracy")
     mode.add_argument("--predict", metavar="FOLDER", help="write predictions.csv for its pictures")
     add("--per-class", type=int, help="with --probe: use so many pictures of each class")
 
-    add = parser.add_argument_group("training (defaults come from --recipe)").add_argument
-    add("--recipe", help="a recipe of the model's paper by name, such as ImageNet")
+    add = parser.add_argument_group("training (a --recipe replaces the defaults)").add_argument
+    add("--recipe", help="a recipe of the model's paper by name, such as 'to CIFAR'")
     add("--epochs", type=float, help="(default: the steps of the recipe, else 30 epochs)")
     add("--steps", type=int, help="instead of --epochs")
     add("--batch", type=int, help="pictures per step, over all devices (default: 128)")
@@ -891,7 +906,9 @@ def make_parser():
     add("--decay", choices=("cosine", "linear"), help="of the learning rate (default: cosine)")
     add("--warmup", type=int, help="steps (default: the share of the recipe, else 5 %%)")
     add("--weight-decay", type=float, help="multiplied by the learning rate (default: 0.1)")
-    add("--clip", type=float, help="largest norm of the gradient; 0: no clipping (default: 1)")
+    add(
+        "--clip", type=float, help="largest norm of the gradient, of an entry for amos; 0: none (1)"
+    )
     add("--dropout", type=float, help="(default: 0)")
     add("--mixup", type=float, default=0.0, metavar="ALPHA", help="(default: none)")
     add("--crop", type=float, default=0.05, help="least share of the area (default: 0.05; 1: none)")
@@ -937,17 +954,22 @@ def check_flags(args):
             require(not given, f"{flag_of(name)} is that of the checkpoint: leave it out")
     else:
         sizes = importlib.import_module(args.model).SIZES
-        require(args.size in sizes, f"--size {args.size} is not one of {', '.join(sizes)}")
-        for name in ("predict", "evaluate", "untrained"):
+        for name in ("predict", "evaluate", "probe", "untrained"):
             require(not getattr(args, name), f"{flag_of(name)} needs a --checkpoint")
+        require(args.size, "there is neither --size nor --checkpoint")
+        require(args.size in sizes, f"--size {args.size} is not one of {', '.join(sizes)}")
     require(args.data or args.predict, "--data is needed: an .npz or a folder")
     require(args.probe or args.per_class is None, "--per-class is for --probe only")
+    require(
+        args.per_class is None or args.per_class >= FOLDS,
+        f"--per-class {args.per_class} is fewer than the {FOLDS} folds",
+    )
+    if args.probe:
+        for name in ("validation", "skip_corrupt", "resume"):
+            require(not getattr(args, name), f"{flag_of(name)} does not go with --probe")
     if args.evaluate or args.predict:
-        for name in ("image_size", "untrained"):
+        for name in ("image_size", "untrained", "resume"):
             require(not getattr(args, name), f"{flag_of(name)} does not go with this mode")
-    if args.optimizer in ("sgd", "amos"):
-        fits = args.weight_decay is None
-        require(fits, f"--optimizer {args.optimizer} takes no --weight-decay")
 
 
 def fill_in_recipe(args):
@@ -963,6 +985,9 @@ def fill_in_recipe(args):
         share = recipe.warmup / recipe.steps
         if args.steps is None and args.epochs is None:
             args.steps = recipe.steps
+    optimizer = args.optimizer or recipe.optimizer
+    if optimizer in ("sgd", "amos"):
+        require(args.weight_decay is None, f"--optimizer {optimizer} takes no --weight-decay")
     for name in FromScratch._fields:
         if getattr(args, name) is None:
             setattr(args, name, getattr(recipe, name))
@@ -977,7 +1002,7 @@ def fill_in_steps(args, pictures_per_epoch, warmup_share):
         epochs = 30 if args.epochs is None else args.epochs
         args.steps = max(1, round(epochs * pictures_per_epoch / args.batch))
     if args.warmup is None:
-        args.warmup = int(args.steps * warmup_share)
+        args.warmup = min(round(args.steps * warmup_share), args.steps - 1)
     require(args.warmup < args.steps, f"--warmup {args.warmup} is not below {args.steps} steps")
 
 
@@ -985,8 +1010,9 @@ def make_folder(path):
     """Makes the folder --out. Raises ValueError if nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
+        trial = path / f".writable.{os.getpid()}"
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise ValueError(f"--out {path} cannot be written to: {error.strerror}") from None
 
@@ -1031,8 +1057,11 @@ def run(args):
         return
     task = read_task(args)
     if jax.process_count() > 1:
-        multihost_utils.assert_equal(
-            np.uint32(task.source.digest()), "the processes see different pictures in --data"
+        settings = json.dumps(settings_of(task, args)).encode()
+        checksums = multihost_utils.process_allgather(np.uint32(zlib.crc32(settings)))
+        require(
+            len(set(checksums.tolist())) == 1,
+            "the processes have different flags or see different pictures",
         )
     if args.probe:
         run_probe(task, args, mesh)
@@ -1056,7 +1085,7 @@ def silence_orbax():
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def hook(unraisable):
-        # Each of its pending writes ends with this error.
+        # After a failure each pending write of orbax ends with this error.
         if str(unraisable.exc_value) != "Event loop is closed":
             sys.__unraisablehook__(unraisable)
 
@@ -1077,7 +1106,8 @@ def main(argv=None) -> int:
     except BrokenPipeError:
         raise  # run_program ends without a word
     except OSError as error:
-        print(f"train.py: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
+        reason = error.strerror or first_line(error)
+        print(f"train.py: {error.filename or args.out}: {reason}", file=sys.stderr)
         return 1
     return 0
 

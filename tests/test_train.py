@@ -438,7 +438,7 @@ def test_a_batch_that_is_not_spread_evenly_over_the_processes_is_refused(monkeyp
             return {"device": (slice(2, 5),)}
 
     monkeypatch.setattr(train, "NamedSharding", Sharding)
-    with pytest.raises(ValueError, match="rows 2 to 5 of process 0 are not an even share"):
+    with pytest.raises(ValueError, match="rows 2 to 4 are not an even share"):
         train.rows_of_process(None, 8)
 
 
@@ -564,7 +564,7 @@ def test_a_folder_with_a_damaged_picture(folder, tmp_path, capsys):
     assert not (out / "model.npz").exists()
 
     run(*flags, "--skip-corrupt")
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert 1 <= printed.count(f"skipped: {damaged}") <= 2  # by training and by evaluation
     (folder / "light/animated.gif").write_bytes(b"GIF")
     run("--checkpoint", out / "model.npz", "--predict", folder, "--out", out, "--skip-corrupt")
@@ -788,13 +788,14 @@ def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys,
         ("--distributed junk", "--distributed junk is not of the form HOST:PORT,PROCESSES,INDEX"),
         ("--data missing.npz", "missing.npz does not exist"),
         ("--data one.npz", "one.npz: there is one class, 0; two are needed"),
-        ("--data few.npz", "few.npz: class 1 has too few pictures: 1, not 2"),
+        ("--data few.npz", "few.npz: class 1 has 1 distinct pictures, fewer than 2"),
         ("--data empty", "empty has no folder with pictures; one per class is needed"),
         ("--validation other.npz", "other.npz: its classes are not those of"),
         ("--checkpoint text.npz --patch 4", "--size is that of the checkpoint: leave it out"),
         ("--evaluate", "--evaluate needs a --checkpoint"),
         ("--untrained", "--untrained needs a --checkpoint"),
         ("--probe --evaluate", "argument --evaluate: not allowed with argument --probe"),
+        ("--probe", "--probe needs a --checkpoint"),
         ("--per-class 5", "--per-class is for --probe only"),
         ("--optimizer sgd --weight-decay 0.1", "--optimizer sgd takes no --weight-decay"),
         ("--image-size 0", "argument --image-size: 0 is not of the form 224 or 224x320"),
@@ -828,6 +829,10 @@ def test_a_checkpoint_that_is_none(brightness, tmp_path, capsys):
     assert "text.npz is not an .npz, or only the first part of one" in capsys.readouterr().err
     run(*flags, "--patch", 4, status=2)
     assert "--patch is that of the checkpoint: leave it out" in capsys.readouterr().err
+    run(*flags, "--probe", "--per-class", 4, status=2)
+    assert "--per-class 4 is fewer than the 5 folds" in capsys.readouterr().err
+    run(*flags, "--probe", "--skip-corrupt", status=2)
+    assert "--skip-corrupt does not go with --probe" in capsys.readouterr().err
 
 
 def test_help_needs_no_docstring(capsys, monkeypatch):

@@ -752,8 +752,6 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
     def init(key, params):
         if params is None:
             params = init_params(key, config)
-        # The train step donates its state: without a copy the caller's params would be deleted.
-        params = jax.tree.map(jnp.copy, params)
         return State(params, optimizer.init(params), jnp.int32(0))
 
     shapes = jax.eval_shape(init, key, params)

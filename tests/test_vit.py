@@ -748,18 +748,22 @@ def test_dropout_on_a_mesh_differs_between_rows_and_between_hidden_units(monkeyp
 
 @pytest.mark.usefixtures("quick")
 def test_slots_smaller_than_their_weights_are_placed_too():
-    """Optimizers such as Amos keep one number for a row of a kernel."""
+    """Optimizers such as Amos keep one number for a row of a kernel, or for a whole weight."""
 
     def init(params):
-        return optax.ScaleByRssState(jax.tree.map(lambda p: p.mean(-1, keepdims=True), params))
+        rows = jax.tree.map(lambda p: p.mean(-1, keepdims=True), params)
+        whole = jax.tree.map(lambda p: p.mean(), params)
+        return optax.ScaleByRssState(rows), optax.ScaleByRssState(whole)
 
-    optimizer = optax.GradientTransformation(
-        init, lambda updates, state, params=None: (updates, state)
-    )
+    def update(updates, state, params=None):
+        return updates, state
+
+    optimizer = optax.GradientTransformation(init, update)
     state = vit.init_state(jax.random.key(0), TINY, optimizer, mesh_of(2, 4))
-    slots = state.opt_state.sum_of_squares["blocks"]
-    assert slots["query"]["kernel"].sharding.spec == P(None, None, "model")  # [L,D,H,1]
-    assert slots["mlp1"]["kernel"].sharding.spec == P()  # [L,D,1]
+    rows, whole = (slots.sum_of_squares["blocks"] for slots in state.opt_state)
+    assert rows["query"]["kernel"].sharding.spec == P(None, None, "model")  # [L,D,H,1]
+    assert rows["mlp1"]["kernel"].sharding.spec == P()  # [L,D,1]
+    assert whole["query"]["kernel"].sharding.spec == P()  # []
 
 
 # ==== Checkpoints =================================================================================

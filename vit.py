@@ -37,7 +37,7 @@ Checked   google-research/vision_transformer @ c6de1e5: outputs and gradients in
           differ by at most 1.8e-6 times the largest value. The claims are tests in
           tests/test_vit.py.
 Run       python vit.py
-          74 s on two CPU cores: 97.2 % of 1,000 held-out MNIST digits right; below 96.5 % it fails
+          88 s on two CPU cores: 97.4 % of 1,000 held-out MNIST digits right; below 96.0 % it fails
 Axes      B batch  T tokens, class token first  S keys  D width  H heads  K features of a head
           F hidden units  L blocks  N classes  R representation  C channels
           h, w height and width of a patch. Inside shard_map B, H and F are sizes on one device.
@@ -668,7 +668,7 @@ RECIPES = {
     ),
     "to CIFAR": Recipe("sgd", 512, 10_000, 0.01, "cosine", 500, 0.0, 1.0, 0.0, "quoted: Table 4"),
     "digits": Recipe(
-        "adam", 128, 1_200, 2e-3, "cosine", 60, 0.3, 1.0, 0.0, "reproduced: python vit.py"
+        "adam", 128, 1_100, 2e-3, "cosine", 60, 0.3, 1.0, 0.0, "reproduced: python vit.py"
     ),
 }
 
@@ -1037,8 +1037,8 @@ DIGITS = Config(
     image_size=28, patch_size=7, channels=1, classes=10, width=128, depth=3, heads=4, mlp=256
 )
 REPORT = 100  # steps between lines of progress
-EXPECTED = 97.2  # per cent of the held-out digits, with the default flags
-FLOOR = 96.5
+EXPECTED = 97.4  # per cent of the held-out digits, with the default flags
+FLOOR = 96.0
 
 
 def make_mesh(text):  # same in every file

@@ -536,6 +536,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == ["4", "8", "12", "16"]
     assert [row["held_out_loss"] != "" for row in rows] == [False, True] * 2
+    assert float(rows[-1]["held_out_accuracy"]) == pytest.approx(float(result[1]), abs=0.05)
     assert sorted(p.name for p in (out / "state").iterdir()) == ["16"]
     about = json.loads((out / "model.json").read_text())
     assert about["classes"] == ["2", "3", "5"]

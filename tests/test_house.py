@@ -11,10 +11,12 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import run_demos
+import vit
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [name for name in run_demos.FILES if (ROOT / f"{name}.py").exists()]
@@ -203,6 +205,22 @@ def test_one_name_one_text():
 def test_readme_has_a_row_for_each_file():
     readme = (ROOT / "README.md").read_text()
     assert [name for name in SOURCES if f"\n| [{name}.py]({name}.py) |" not in readme] == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_readme_code_runs(tmp_path, monkeypatch):
+    """With a small stand-in for the released checkpoint, of the same patches and image size."""
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    config = vit.Config(width=16, depth=1, heads=2, mlp=16, representation=16)
+    vit.save("B_16.npz", vit.init_params(jax.random.key(0), config), config)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 30, 40, 3), dtype=np.uint8)
+    names = {"pixels": pixels, "labels": np.arange(4)}
+    exec(code, names)
+    assert names["logits"].shape == (4, 1000)
+    assert float(names["metrics"]["loss"]) == pytest.approx(np.log(10), rel=1e-5)
+    assert int(names["state"].step) == 1
 
 
 def test_every_golden_is_listed():

@@ -161,7 +161,6 @@ def read_file(path):
 
 def open_pictures(path):
     """The pictures at path: an .npz, or a folder with a subfolder per class."""
-    require(pathlib.Path(path).exists(), f"{path} does not exist")
     if not pathlib.Path(path).is_dir():
         return ArrayPictures(path)
     source = FilePictures(path)

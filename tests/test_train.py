@@ -338,6 +338,10 @@ def test_resize_of_any_number_of_channels():
             "images are float64 (4, 8, 8",
         ),
         (
+            {"images": np.zeros((4, 8), np.uint8), "labels": np.zeros(4, int)},
+            "images are uint8 (4, 8), not",
+        ),
+        (
             {"images": np.zeros((4, 8, 8), np.uint8), "labels": np.zeros(3, int)},
             "int64 (3,), not i",
         ),
@@ -448,6 +452,9 @@ def test_a_batch_that_is_not_spread_evenly_over_the_processes_is_refused(monkeyp
     monkeypatch.setattr(train, "NamedSharding", Sharding)
     with pytest.raises(ValueError, match="rows 2 to 4 are not an even share"):
         train.rows_of_process(None, 8)
+    monkeypatch.setattr(Sharding, "addressable_devices_indices_map", lambda self, shape: {})
+    with pytest.raises(ValueError, match="process 0 has no device of the mesh: enlarge --mesh"):
+        train.rows_of_process(None, 8)
 
 
 def test_rank_in_class():
@@ -471,6 +478,9 @@ def test_evaluation_by_hand():
     assert result.loss == pytest.approx((2 * np.log(2) + np.log(4)) / 3, rel=1e-6)
     assert result.accuracy == pytest.approx(200 / 3)
     assert str(result) == "66.7 % of 3 pictures, loss 0.924 nats"
+    masked = {"images": np.array([3]), "labels": jnp.array([-1])}
+    with pytest.raises(ValueError, match="none of the held-out pictures can be read"):
+        train.evaluate(lambda params, images: jnp.asarray(logits[images]), None, [masked])
 
 
 # ==== Linear probe ================================================================================
@@ -643,6 +653,7 @@ def test_a_folder_with_a_damaged_picture(folder, tmp_path, capsys):
     error = capsys.readouterr().err
     damaged = f"{folder / 'grey/damaged.png'} cannot be read as a picture"
     assert error.startswith(f"train.py: {damaged}") and len(error.splitlines()) == 1
+    assert error.endswith(", or go on without it: --skip-corrupt\n")
     assert not (out / "model.npz").exists()
 
     run(*flags, "--skip-corrupt")
@@ -754,6 +765,17 @@ def test_a_state_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_files_that_cannot_be_written_are_one_line(tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(train.SaveError, match="metrics.csv cannot be written: Is a directory$"):
+        train.write_text(tmp_path / "metrics.csv", "step\n1\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    params = random_params(TINY)
+    params["head"]["bias"][0] = np.nan
+    with pytest.raises(train.SaveError, match="head/bias holds values that are not finite"):
+        train.save_model(tmp_path, vit, TINY, params, ["a", "b", "c"])
+
+
 def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys, monkeypatch):
     def fail(*args):
         raise train.SaveError("state in run: no space left on device")
@@ -772,13 +794,22 @@ def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys,
         ("--steps 0", "--steps 0 is not at least 1"),
         ("--batch 0", "--batch 0 is not at least 1"),
         ("--keep 0", "--keep 0 is not at least 1"),
+        ("--accumulate 0", "--accumulate 0 is not at least 1"),
+        ("--report 0", "--report 0 is not at least 1"),
+        ("--every 0", "--every 0 is not at least 1"),
+        ("--patch 0", "--patch 0 is not at least 1"),
+        ("--per-class 0", "--per-class 0 is not at least 1"),
         ("--epochs 0", "--epochs 0.0 is not a finite number above 0"),
         ("--learning-rate nan", "--learning-rate nan is not a finite number above 0"),
         ("--learning-rate inf", "--learning-rate inf is not a finite number above 0"),
         ("--learning-rate -1", "--learning-rate -1.0 is not a finite number above 0"),
         ("--weight-decay -1", "--weight-decay -1.0 is not a finite number of at least 0"),
+        ("--weight-decay inf", "--weight-decay inf is not a finite number of at least 0"),
+        ("--clip -1", "--clip -1.0 is not a finite number of at least 0"),
+        ("--warmup -1", "--warmup -1 is not a finite number of at least 0"),
         ("--mixup nan", "--mixup nan is not a finite number of at least 0"),
         ("--crop 0", "--crop 0.0 is not above 0 and at most 1"),
+        ("--crop 1.5", "--crop 1.5 is not above 0 and at most 1"),
         ("--seed -1", "--seed -1 is not in 0 to 4294967295"),
         ("--seed 9223372036854775808", "--seed 9223372036854775808 is not in 0 to 4294967295"),
         ("--warmup 5", "--warmup 5 is not below 2 steps"),
@@ -801,15 +832,18 @@ def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys,
         ("--data missing.npz", "missing.npz does not exist"),
         ("--data one.npz", "one.npz: there is one class, 0; two are needed"),
         ("--data few.npz", "few.npz: class 1 has 1 distinct pictures, fewer than 2"),
+        ("--data top", "top/empty has no pictures (.bmp"),
         ("--data empty", "empty has no folder with pictures; one per class is needed"),
         ("--validation other.npz", "other.npz: its classes are not those of"),
         ("--checkpoint text.npz --patch 4", "--size is that of the checkpoint: leave it out"),
+        ("--predict empty", "--predict needs a --checkpoint"),
         ("--evaluate", "--evaluate needs a --checkpoint"),
         ("--untrained", "--untrained needs a --checkpoint"),
         ("--probe --evaluate", "argument --evaluate: not allowed with argument --probe"),
         ("--probe", "--probe needs a --checkpoint"),
         ("--per-class 5", "--per-class is for --probe only"),
         ("--optimizer sgd --weight-decay 0.1", "--optimizer sgd takes no --weight-decay"),
+        ("--optimizer amos --weight-decay 0.1", "--optimizer amos takes no --weight-decay"),
         ("--image-size 0", "argument --image-size: 0 is not of the form 224 or 224x320"),
         ("--out text.npz", "--out text.npz cannot be written to: File exists"),
         ("--optimizer lion", "argument --optimizer: invalid choice: 'lion'"),
@@ -818,6 +852,7 @@ def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys,
 def test_mistakes_are_told_in_one_line(flags, message, brightness, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "top/empty").mkdir(parents=True)
     (tmp_path / "text.npz").write_text("no archive")
     square = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez("one.npz", images=square, labels=np.zeros(20, int))
@@ -845,6 +880,57 @@ def test_a_checkpoint_that_is_none(brightness, tmp_path, capsys):
     assert "--per-class 4 is fewer than the 5 folds" in capsys.readouterr().err
     run(*flags, "--probe", "--skip-corrupt", status=2)
     assert "--skip-corrupt does not go with --probe" in capsys.readouterr().err
+
+
+def test_flags_that_are_missing(brightness, tmp_path, capsys):
+    run("--data", brightness, "--out", tmp_path / "run", status=2)
+    assert capsys.readouterr().err == "train.py: there is neither --size nor --checkpoint\n"
+    run("--size", "small", "--out", tmp_path / "run", status=2)
+    assert capsys.readouterr().err == "train.py: --data is needed: an .npz or a folder\n"
+
+
+def test_what_does_not_go_with_a_checkpoint(brightness, tmp_path, capsys):
+    def refused(message, *flags, checkpoint="model.npz"):
+        run("--checkpoint", tmp_path / checkpoint, "--out", tmp_path / "run", *flags, status=2)
+        error = capsys.readouterr().err
+        assert error.startswith("train.py: ") and message in error, error
+        assert len(error.splitlines()) == 1
+
+    vit.save(tmp_path / "model.npz", random_params(TINY), TINY)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused("none is not a folder", "--predict", tmp_path / "none")
+    refused("empty holds no pictures (.bmp", "--predict", empty)
+    data = "--data", brightness
+    refused("its 3 classes are not those of", *data, "--evaluate")
+    for mode in (["--evaluate"], ["--predict", empty]):
+        for flags in (["--image-size", 8], ["--untrained"], ["--resume"]):
+            refused(f"{flags[0]} does not go with this mode", *data, *mode, *flags)
+    for flags in (["--validation", brightness], ["--resume"]):
+        refused(f"{flags[0]} does not go with --probe", *data, "--probe", *flags)
+    five = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 5), dtype=np.uint8)
+    five = write_npz(tmp_path / "five.npz", images=five, labels=np.arange(20) % 2)
+    refused("the pictures have 5 channels, the model takes 3", "--data", five)
+
+    headless = change(TINY, classes=0)
+    vit.save(tmp_path / "headless.npz", random_params(headless), headless)
+    refused("has no head, so it cannot predict", "--predict", empty, checkpoint="headless.npz")
+    about = tmp_path / "model.json"
+    about.write_text("{")
+    refused("model.json is not readable: Expecting property name", "--predict", empty)
+    about.write_text(json.dumps({"model": "mixer", "config": {}, "classes": []}))
+    refused("model.npz is a checkpoint of mixer", "--predict", empty)
+
+
+def test_processes_that_differ_are_refused(brightness, tmp_path, capsys, monkeypatch):
+    def fail(*args):
+        raise AssertionError("the run goes on")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(train.multihost_utils, "process_allgather", lambda x: np.array([x, x ^ 1]))
+    monkeypatch.setattr(train, "States", fail)
+    run("--data", brightness, "--size", "small", "--out", tmp_path / "run", status=2)
+    assert "the processes have different flags or see diff" in capsys.readouterr().err
 
 
 def test_help_needs_no_docstring(capsys, monkeypatch):

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import vit
 from common import (
+    COLLECTIVES,
     ROOT,
     close,
     close_gradients,
@@ -494,6 +495,26 @@ def test_bfloat16_is_finite_and_close_at_extreme_inputs():
         assert np.isfinite(leaf).all()
 
 
+def test_with_bfloat16_sums_norms_and_softmax_stay_float32():
+    """As the comment at Config.dtype says; on a mesh, where sums are over devices too."""
+    config = change(TINY, dtype="bfloat16", representation=8)
+    loss = vit.global_loss(config, mesh_of(2, 4))
+    batch = random_batch(config)
+    jaxpr = jax.make_jaxpr(loss)(shapes_of(config), batch, None).jaxpr
+    for names in (("exp",), ("rsqrt",), COLLECTIVES["psum"]):
+        dtypes = set()
+
+        def record(eqn, names=names, dtypes=dtypes):
+            if eqn.primitive.name in names:
+                dtypes.add(eqn.invars[0].aval.dtype)
+            return 0
+
+        count(jaxpr, record)
+        assert dtypes == {np.dtype("float32")}, names
+    features = functools.partial(vit.forward, config=change(config, classes=0))
+    assert jax.eval_shape(features, shapes_of(config), batch["images"]).dtype == np.float32
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_dtype_is_promoted_in_silence(dtype):
@@ -517,7 +538,8 @@ def test_everything_is_float32_with_x64_too():
         batch["images"] = batch["images"].astype(np.float64)
         logits = jax.eval_shape(lambda p: vit.forward(p, batch["images"], TINY), params)
         loss, _ = jax.eval_shape(lambda p: vit.loss_fn(p, batch, None, TINY), params)
-        for array in [*jax.tree.leaves(params), logits, loss]:
+        inputs = jax.eval_shape(vit.preprocess, np.zeros((1, 8, 12, 3)))  # float64
+        for array in [*jax.tree.leaves(params), logits, loss, inputs]:
             assert array.dtype == np.float32
         saved = vit.to_official(random_params(TINY), TINY)
         assert {array.dtype for array in saved.values()} == {np.dtype("float32")}
@@ -531,6 +553,14 @@ def test_cudnn_refuses_where_it_cannot_run():
     with pytest.raises(NotImplementedError, match=needs):
         config = change(TINY, attention="cudnn")
         vit.forward(random_params(config), random_batch(config)["images"], config)
+
+
+@pytest.mark.parametrize("dtype, K", [("float32", 8), ("bfloat16", 12), ("bfloat16", 136)])
+def test_cudnn_refuses_on_a_gpu_what_it_cannot_do(dtype, K, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q = jnp.zeros((1, 2, 4, K), dtype)
+    with pytest.raises(NotImplementedError, match=f"not gpu, {dtype} and {K}$"):
+        vit.attention_cudnn(q, q, q)
 
 
 @pytest.mark.gpu
@@ -698,7 +728,6 @@ def test_train_step_hands_step_and_folded_key_to_a_gradient():
     np.testing.assert_allclose(state.params["head"]["bias"], bias - 2)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.usefixtures("quick")
 def test_a_state_can_start_from_given_weights():
     params = jax.tree.map(jnp.asarray, random_params(TINY))
@@ -945,6 +974,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     "fields",
     [
         {"width": 32},
+        {"depth": 3},
+        {"mlp": 8},
+        {"channels": 1},
         {"patch_size": 2},
         {"pool": "gap"},
         {"representation": 7},
@@ -968,6 +1000,7 @@ def test_adapt_keeps_what_fits():
     vit.check_names(vit.named_leaves(adapted), vit.named_leaves(shapes_of(new)), "adapted")
     assert adapted["pre_logits"] is params["pre_logits"]
     assert not np.any(adapted["head"]["kernel"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapted)} == {np.dtype("float32")}
     probe = change(old, classes=0)
     assert "head" not in vit.adapt(params, old, probe)
 
@@ -987,10 +1020,14 @@ def test_adapt_keeps_what_fits():
         ({"width": 770}, "width=770 is not a multiple of heads=12"),
         ({"heads": 0}, "heads=0 is not at least 1"),
         ({"depth": -1}, "depth=-1 is not at least 1"),
+        ({"channels": 0}, "channels=0 is not at least 1"),
+        ({"width": 0}, "width=0 is not at least 1"),
+        ({"mlp": 0}, "mlp=0 is not at least 1"),
         ({"representation": 0}, "representation=0 is not at least 1"),
         ({"classes": -1}, "classes=-1 is not at least 0"),
         ({"image_size": (224, 224, 3)}, "image_size=(224, 224, 3) is not one number or two"),
         ({"dropout": 1.0}, "dropout=1.0 is not in [0, 1)"),
+        ({"dropout": -0.1}, "dropout=-0.1 is not in [0, 1)"),
         ({"pool": "map"}, "pool='map' is not one of token, gap"),
         ({"gelu": "erf"}, "gelu='erf' is not one of tanh, exact"),
         ({"dtype": "float16"}, "dtype='float16' is not one of float32, bfloat16"),
@@ -1017,9 +1054,10 @@ def test_one_number_means_a_square():
         (np.zeros((2, 12, 8, 3), np.float32), "images are (2, 12, 8, 3), not [B, *(8, 12, 3)]"),
         (np.zeros((2, 8, 12, 3), np.uint8), "images are uint8, not floats in [-1, 1]"),
         (np.full((2, 8, 12, 3), 255.0), "images are from 255 to 255, not in [-1, 1]"),
+        (np.full((2, 8, 12, 3), -2.0), "images are from -2 to -2, not in [-1, 1]"),
         (np.full((2, 8, 12, 3), np.nan), "images are from nan to nan, not in [-1, 1]"),
     ],
-    ids=["shape", "dtype", "range", "nan"],
+    ids=["shape", "dtype", "large", "small", "nan"],
 )
 def test_forward_refuses_images(images, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -1050,7 +1088,8 @@ def test_labels_and_weights_of_another_shape_are_refused():
 
 
 def test_preprocess_takes_black_pictures():
-    np.testing.assert_array_equal(vit.preprocess(np.zeros((1, 2, 2, 1), np.uint8)), -1)
+    for dtype in (np.uint8, np.float32):
+        np.testing.assert_array_equal(vit.preprocess(np.zeros((1, 2, 2, 1), dtype)), -1)
     almost = vit.preprocess(np.ones((1, 2, 2, 1), np.uint8))  # 1 of 255, not 1 of 1
     np.testing.assert_allclose(almost, 1 / 127.5 - 1, rtol=1e-6)
 
@@ -1166,13 +1205,20 @@ def test_demo_prints_its_result_where_it_cannot_draw(digits, tmp_path, capsys, m
         ),
         ("--data one.npz", "one.npz has no array labels"),
         ("--data few.npz", "are not ten or more uint8 [B,28,28] and integers [B]; examples/train"),
+        ("--data floats.npz", "floats.npz: images float64 (20, 28, 28) and labels int64 (20,) are"),
+        ("--data real.npz", "real.npz: images uint8 (20, 28, 28) and labels float64 (20,) are not"),
+        ("--data short.npz", "short.npz: images uint8 (20, 28, 28) and labels int64 (19,) are not"),
     ],
 )
 def test_demo_refuses_in_one_line(flags, message, digits, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     np.savez("emoji.npz", images=np.zeros((20, 32, 32, 3), np.uint8), labels=np.zeros(20, int))
-    np.savez("one.npz", images=np.zeros((20, 28, 28), np.uint8))
+    pictures = np.zeros((20, 28, 28), np.uint8)
+    np.savez("one.npz", images=pictures)
+    np.savez("floats.npz", images=pictures / 255, labels=np.zeros(20, int))
+    np.savez("real.npz", images=pictures, labels=np.zeros(20))
+    np.savez("short.npz", images=pictures, labels=np.zeros(19, int))
     np.savez("few.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.zeros(4, int))
     before = sorted(tmp_path.iterdir())
     assert vit.main(["--data", digits, "--out", "d.png", "--steps", "2", *flags.split()]) == 2

@@ -172,7 +172,7 @@ SIZES = {  # Base, Large and Huge: Table 1. Tiny, Small and B/8 came with later 
 # ==== Model =======================================================================================
 
 
-def preprocess(pixels, size=None):
+def preprocess(pixels, size=None):  # same in every file
     """The official input: resized to `size` (height, width), and from 0..255 to [-1, 1].
 
     pixels [B,height,width,C] -> float32 [B,*size,C]. Bilinear without antialiasing, as in the
@@ -197,7 +197,7 @@ def preprocess(pixels, size=None):
     return resized / 127.5 - 1
 
 
-def patchify(images, patch_size):
+def patchify(images, patch_size):  # same in every file
     """Cuts images into patches, row by row (Sec. 3.1). [B,height,width,C] -> [B,patches,h,w,C]."""
     B, height, width, C = images.shape
     h, w = patch_size
@@ -206,7 +206,7 @@ def patchify(images, patch_size):
     return patches.reshape(B, -1, h, w, C)
 
 
-def linear(x, weights, dtype, axes=1, model_axis=None):
+def linear(x, weights, dtype, axes=1, model_axis=None):  # same in every file
     """A dense layer: contracts the last `axes` axes of x with the first of the kernel, adds bias.
 
     [...,I] -> [...,O] for a kernel [I,O], where I and O may stand for several axes. With model_axis
@@ -437,7 +437,7 @@ def forward(params, images, config: Config, *, key=None, data_axis=None, model_a
     return x
 
 
-def one_hot(labels, classes):
+def one_hot(labels, classes):  # same in every file
     """Labels int [B] as rows with a single one. [B] -> float32 [B,N].
 
     The label -1 gives a row of zeros. Any other label that is not a class gives NaN, so that the
@@ -507,7 +507,7 @@ def attention_rollout(maps):
 
 
 @dataclasses.dataclass(frozen=True)
-class Param:
+class Param:  # same in every file
     """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
 
     shape: tuple
@@ -677,7 +677,7 @@ RECIPES = {
 # ==== Sharded training: rows over mesh axis "data", heads and hidden units over "model" ===========
 
 
-def gather(weights, table, config: Config, data_axis):
+def gather(weights, table, config: Config, data_axis):  # same in every file
     """All-gathers weights that fsdp has sharded over "data". Tree of arrays -> the same tree."""
     if not config.fsdp or data_axis is None:
         return weights
@@ -692,7 +692,7 @@ def gather(weights, table, config: Config, data_axis):
     return jax.tree.map(whole, weights, table)
 
 
-def trimmed_spec(axes):
+def trimmed_spec(axes):  # same in every file
     """PartitionSpec without None at the end, as jit returns it: else the second step recompiles."""
     axes = list(axes)
     while axes and axes[-1] is None:
@@ -729,7 +729,7 @@ class State(NamedTuple):
     step: Any  # int32, the number of steps done
 
 
-def slot_spec(slot, spec, param):
+def slot_spec(slot, spec, param):  # same in every file
     """The PartitionSpec of a slot, an optimizer's array for one weight, such as Adam's mean.
 
     It is that of the weight, on the axes where their sizes agree.
@@ -771,7 +771,7 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
     return jax.jit(init, out_shardings=shardings)(key, params)
 
 
-def axis_if_split(mesh, axis):
+def axis_if_split(mesh, axis):  # same in every file
     """The name of a mesh axis, or None if it has one device and needs no communication."""
     if mesh.shape[axis] == 1:
         return None
@@ -1063,7 +1063,7 @@ def check_out(path):  # same in every file
     require(os.access(path.parent, os.W_OK), f"--out {path}: its folder cannot be written to")
 
 
-def load_digits(path):
+def load_digits(path):  # same in every file
     """Pictures uint8 [B,28,28,1] and labels int32 [B], shuffled: the file is sorted by label."""
     data = read_npz(path)
     for name in ("images", "labels"):
@@ -1093,7 +1093,7 @@ def augment(images, rng):
     return padded[np.arange(B)[:, None, None], rows, columns]
 
 
-def place(mesh, images, labels):
+def place(mesh, images, labels):  # same in every file
     """A batch on the mesh: images uint8 [B,height,width,C] become floats in [-1, 1]."""
     batch = {"images": images.astype(np.float32) / 127.5 - 1, "labels": labels}
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
@@ -1130,7 +1130,7 @@ def train(config: Config, mesh, images, labels, steps, seed):
     return state.params
 
 
-def accuracy(params, config: Config, mesh, images, labels):
+def accuracy(params, config: Config, mesh, images, labels):  # same in every file
     """Accuracy in per cent on images uint8 [B,28,28,1] and their labels, batch by batch."""
 
     @jax.jit

@@ -244,9 +244,11 @@ class Peer(nn.Module):
         return nn.Dense(self.config.classes, kernel_init=nn.initializers.zeros, name="head")(x)
 
 
-def make_flax(config, images, labels) -> Contender:
-    """The peer as its users write it: initialisation and step jitted, optimizer.init not."""
-    model = Peer(config)
+def flax_contender(model, from_official, images, labels) -> Contender:
+    """A flax model as its users write it: initialisation and step jitted, optimizer.init not.
+
+    from_official: weights under their released names -> the model's tree.
+    """
     images, labels = jax.device_put((images, labels))
 
     def init():
@@ -255,14 +257,6 @@ def make_flax(config, images, labels) -> Contender:
 
     def params_of(state):
         return state[0]
-
-    def from_official(flat):
-        renamed = {}
-        for name, array in flat.items():
-            for old, new in RENAMED.items():
-                name = name.replace(old, new)
-            renamed[name] = array
-        return flax.traverse_util.unflatten_dict(renamed, sep="/")
 
     def forward(params, images):
         return model.apply({"params": params}, images)
@@ -287,6 +281,20 @@ def make_flax(config, images, labels) -> Contender:
         images=images,
         batch=(images, labels),
     )
+
+
+def make_flax(config, images, labels) -> Contender:
+    """The peer."""
+
+    def from_official(flat):
+        renamed = {}
+        for name, array in flat.items():
+            for old, new in RENAMED.items():
+                name = name.replace(old, new)
+            renamed[name] = array
+        return flax.traverse_util.unflatten_dict(renamed, sep="/")
+
+    return flax_contender(Peer(config), from_official, images, labels)
 
 
 def check_equal(config, contenders: dict):
@@ -701,14 +709,14 @@ def on_gpu(pairs) -> list[str]:
     ]
 
 
-def write_section(path, lines):
-    """Puts lines in the place of the section of vit.py in a Markdown file."""
+def write_section(path, file, lines):
+    """Puts lines in the place of the section of a file in a Markdown file."""
     text = "# Results"
     if path.exists():
         text = path.read_text()
     head, *sections = text.strip().split("\n\n## ")
-    sections = [section for section in sections if not section.startswith("vit.py\n")]
-    sections.append("\n".join(["vit.py", "", *lines]))
+    sections = [section for section in sections if not section.startswith(f"{file}\n")]
+    sections.append("\n".join([file, "", *lines]))
     path.write_text("\n\n## ".join([head, *sorted(sections)]) + "\n")
 
 
@@ -761,7 +769,7 @@ def main():
         lines += beside_timm(args, config)
     lines += ["", TRIED.strip()]
     path = ROOT / "bench/RESULTS.md"
-    write_section(path, lines)
+    write_section(path, "vit.py", lines)
     print("\n".join([*lines, "", f"wrote {path}"]))
 
 

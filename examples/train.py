@@ -1,6 +1,7 @@
 """Trains a model of this repository on your own pictures, from scratch or from released weights.
 
     python examples/train.py vit --data flowers --size S/16 --epochs 100 --out run
+    python examples/train.py mixer --data flowers --size S/16 --epochs 100 --out run
     python examples/train.py vit --data flowers --checkpoint B_16.npz --recipe "to CIFAR" --out run
     python examples/train.py vit --checkpoint run/model.npz --predict photos --out run
 
@@ -9,7 +10,7 @@ Data      --data is an .npz (data/convert.py makes one) or a folder with one sub
           Training crops at random, resizes and flips; evaluation resizes the whole picture.
 Writes    --out gets metrics.csv, state/ for --resume, and at the end model.npz, with the parameter
           names of the official code, and model.json, with the config and the class names.
-Modes     --checkpoint starts from released or own weights: the position embedding is resized and
+Modes     --checkpoint starts from released or own weights: they are fitted to the image size and
           the head is replaced by zeros (the model's `adapt`). --probe fits a logistic regression
           to frozen features, five-fold. --evaluate only measures loss and accuracy on the held-out
           pictures, which are the same as in training. --predict writes the five likeliest classes
@@ -62,6 +63,7 @@ from vit import axis_if_split, make_mesh, read_npz, require, run_program  # noqa
 
 MODELS = [name for name in ("vit", "mixer", "moe") if (ROOT / f"{name}.py").exists()]
 OPTIMIZERS = ("adam", "adamw", "sgd", "amos")
+REGULARIZERS = ("dropout", "stochastic_depth")  # fields of a Config; no model has both
 
 # ==== Optimizers ==================================================================================
 
@@ -571,8 +573,10 @@ def read_task(args) -> Task:
         held_out_source = source
         rows, held_out_rows = pictures.split(source)
 
-    fields = {"classes": len(source.classes), "dropout": args.dropout, "dtype": args.dtype}
-    fields["fsdp"] = args.fsdp
+    fields = {"classes": len(source.classes), "dtype": args.dtype, "fsdp": args.fsdp}
+    for name in REGULARIZERS:
+        if getattr(args, name) is not None:
+            fields[name] = getattr(args, name)
     if args.checkpoint:
         model, params, config = from_checkpoint(args, source, fields)
     else:
@@ -613,6 +617,9 @@ def from_checkpoint(args, source, fields):
     if hasattr(old, "representation"):
         fields["representation"] = None  # adapt drops this layer
     config = dataclasses.replace(old, **fields)
+    if hasattr(old, "tokens_mlp"):  # of a Mixer: grows with the number of patches
+        hidden = old.tokens_mlp * config.tokens // old.tokens
+        config = dataclasses.replace(config, tokens_mlp=hidden)
     params = model.adapt(params, old, config)
     if args.untrained:
         params = None
@@ -853,6 +860,8 @@ class FromScratch(NamedTuple):
     weight_decay: float = 0.1
     clip: float | None = 1.0
     dropout: float = 0.0
+    stochastic_depth: float = 0.0
+    mixup: float = 0.0
 
 
 WARMUP_SHARE = 0.05  # of the steps, without a recipe
@@ -909,8 +918,9 @@ def make_parser():
     add(
         "--clip", type=float, help="largest norm of the gradient, of an entry for amos; 0: none (1)"
     )
-    add("--dropout", type=float, help="(default: 0)")
-    add("--mixup", type=float, default=0.0, metavar="ALPHA", help="(default: none)")
+    add("--dropout", type=float, help="rate, for vit (default: 0)")
+    add("--stochastic-depth", type=float, help="rate of the last block, for mixer (default: 0)")
+    add("--mixup", type=float, metavar="ALPHA", help="of the Beta distribution (default: none)")
     add("--crop", type=float, default=0.05, help="least share of the area (default: 0.05; 1: none)")
     add("--no-flip", action="store_true", help="do not mirror pictures, such as digits or text")
 
@@ -964,6 +974,8 @@ def check_flags(args):
         args.per_class is None or args.per_class >= FOLDS,
         f"--per-class {args.per_class} is fewer than the {FOLDS} folds",
     )
+    gelu = hasattr(importlib.import_module(args.model).Config, "gelu")
+    require(gelu or not args.gelu, f"--gelu is not for {args.model}")
     if args.probe:
         for name in ("validation", "skip_corrupt", "resume"):
             require(not getattr(args, name), f"{flag_of(name)} does not go with --probe")
@@ -985,12 +997,20 @@ def fill_in_recipe(args):
         share = recipe.warmup / recipe.steps
         if args.steps is None and args.epochs is None:
             args.steps = recipe.steps
+        if getattr(recipe, "randaugment", 0):
+            strength = f"of strength {recipe.randaugment}"
+            print(f"note: the recipe asks for RandAugment {strength}, which this program lacks")
     optimizer = args.optimizer or recipe.optimizer
     if optimizer in ("sgd", "amos"):
         require(args.weight_decay is None, f"--optimizer {optimizer} takes no --weight-decay")
-    for name in FromScratch._fields:
+    for name, default in FromScratch._field_defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, getattr(recipe, name))
+            setattr(args, name, getattr(recipe, name, default))
+    config_class = importlib.import_module(args.model).Config
+    for name in REGULARIZERS:
+        if not hasattr(config_class, name):
+            require(not getattr(args, name), f"{flag_of(name)} is not for {args.model}")
+            setattr(args, name, None)
     if args.clip == 0:
         args.clip = None
     return share

@@ -30,7 +30,7 @@ OWN = {
     *("Config", "State", "Recipe", "SIZES", "param_table", "init_params", "block", "encode"),
     *("forward", "loss_fn", "param_specs", "init_state", "global_loss", "make_train_step", "adapt"),
     *("infer_config", "official_places", "from_official", "to_official", "load", "save"),
-    *("train", "draw", "main"),
+    *("released_names", "embed", "mlp", "train", "draw", "main"),
 }
 # What two steps of a demo need beside the usual flags: texts and races are shortened.
 DEMO_FLAGS = {

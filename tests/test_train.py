@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 
+import mixer
 import vit
 from common import ROOT, close, close_gradients, golden, mesh_of, part
 
@@ -34,10 +35,10 @@ def change(config, **fields):
     return dataclasses.replace(config, **fields)
 
 
-def random_params(config, seed=0):
+def random_params(config, seed=0, model=vit):
     """Weights without zeros, so that every path of the model counts."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(functools.partial(vit.init_params, config=config), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(model.init_params, config=config), jax.random.key(0))
     return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
@@ -512,16 +513,18 @@ def test_fit_probe_is_at_its_minimum():
 # ==== Runs ========================================================================================
 
 SMALL = vit.Config(patch_size=4, width=16, depth=1, heads=4, mlp=32)
+SMALL_MIXER = mixer.Config(patch_size=4, width=16, depth=2, tokens_mlp=8, channels_mlp=32)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A row of SIZES that compiles fast."""
     monkeypatch.setitem(vit.SIZES, "small", SMALL)
+    monkeypatch.setitem(mixer.SIZES, "small", SMALL_MIXER)
 
 
-def run(*flags, status=0):
-    assert train.main(["vit", *map(str, flags)]) == status
+def run(*flags, status=0, model="vit"):
+    assert train.main([model, *map(str, flags)]) == status
 
 
 def metrics_of(out):
@@ -694,6 +697,63 @@ def test_fine_tuning_and_probing_of_a_released_checkpoint(brightness, tmp_path, 
     assert "features (51, 16) in" in printed  # 6 of the pre-logits are dropped, as by adapt
     spread = r"^result: linear probe, accuracy (\d+\.\d) % \+- \d+\.\d between 5 folds, 51 pictures"
     assert float(re.search(spread, printed, re.M)[1]) > 60
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--data", brightness, "--batch", 16, "--steps", 30, "--crop", 1]
+    recipe = ["--size", "small", "--recipe", "ImageNet", "--learning-rate", 0.03]
+    run(*flags, *recipe, "--mesh", "data=2,model=2", "--fsdp", "--out", out, model="mixer")
+    printed = capsys.readouterr().out
+    assert "note: the recipe asks for RandAugment of strength 15, which this program" in printed
+    assert float(re.search(r"^result: held-out accuracy (\d+\.\d) %", printed, re.M)[1]) > 60
+    about = json.loads((out / "model.json").read_text())
+    trained = change(SMALL_MIXER, image_size=8, channels=1, classes=3, stochastic_depth=0.1)
+    assert about["model"] == "mixer" and mixer.Config(**about["config"]) == trained
+
+    tuned = tmp_path / "tuned"
+    checkpoint = ["--checkpoint", out / "model.npz", "--image-size", 16, "--out", tuned]
+    run(*flags, *checkpoint, model="mixer")
+    about = json.loads((tuned / "model.json").read_text())
+    larger = change(trained, image_size=16, tokens_mlp=32, stochastic_depth=0.0)
+    assert mixer.Config(**about["config"]) == larger
+    mixer.load(tuned / "model.npz", larger)
+
+
+def test_a_recipe_sets_what_no_flag_does():
+    parse = train.make_parser().parse_args
+    args = parse(["mixer", "--recipe", "ImageNet", "--mixup", "0.2"])
+    assert train.fill_in_recipe(args) == 10_000 / 93_800
+    assert (args.mixup, args.stochastic_depth, args.dropout, args.clip) == (0.2, 0.1, None, 1.0)
+    args = parse(["mixer", "--recipe", "ImageNet"])
+    train.fill_in_recipe(args)
+    assert args.mixup == 0.5
+    args = parse(["vit", "--recipe", "ImageNet"])
+    train.fill_in_recipe(args)
+    assert (args.mixup, args.stochastic_depth, args.dropout) == (0.0, None, 0.1)
+
+
+def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
+    def refused(message, *flags, model="mixer"):
+        common = ["--data", brightness, "--steps", 2, "--out", tmp_path / "run"]
+        run(*common, *flags, status=2, model=model)
+        error = capsys.readouterr().err
+        assert error.startswith("train.py: ") and message in error, error
+        assert len(error.splitlines()) == 1
+
+    size = ["--size", "small"]
+    refused("--dropout is not for mixer", *size, "--dropout", 0.1)
+    refused("--gelu is not for mixer", *size, "--gelu", "exact")
+    refused("--stochastic-depth is not for vit", *size, "--stochastic-depth", 0.1, model="vit")
+    refused("stochastic_depth=1.5 is not in [0, 1)", *size, "--stochastic-depth", 1.5)
+    vit.save(tmp_path / "vit.npz", random_params(TINY), TINY)
+    refused("it is one of a Vision Transformer, see vit.py", "--checkpoint", tmp_path / "vit.npz")
+    config = change(SMALL_MIXER, image_size=8, classes=3)
+    mixer.save(tmp_path / "mixer.npz", random_params(config, model=mixer), config)
+    checkpoint = ["--checkpoint", tmp_path / "mixer.npz"]
+    refused("(12, 12) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 12)
+    refused("it is not a ViT of this kind", *checkpoint, model="vit")
 
 
 @pytest.mark.usefixtures("quick")

@@ -204,7 +204,10 @@ def test_one_name_one_text():
 
 def test_readme_has_a_row_for_each_file():
     readme = (ROOT / "README.md").read_text()
-    assert [name for name in SOURCES if f"\n| [{name}.py]({name}.py) |" not in readme] == []
+    for name, source in SOURCES.items():
+        rows = re.findall(rf"^\| \[{name}.py\]\({name}.py\) \|.*$", readme, re.MULTILINE)
+        assert len(rows) == 1, name
+        assert f"| {len(source.splitlines()):,} |" in rows[0], f"{name}.py has other lines now"
 
 
 @pytest.mark.usefixtures("quick")

@@ -415,6 +415,10 @@ def test_c5_an_enlarged_model_sees_crops(down, across):
     mixer.check_names(mixer.named_leaves(adapted), mixer.named_leaves(shapes_of(new)), "adapted")
     assert not np.any(adapted["head"]["kernel"])
     assert adapted["embed"] is params["embed"]
+    # The second bias changes no output, see above; each token has that of its place in its crop.
+    old_bias = params["blocks"]["token_mixing"]["dense2"]["bias"].reshape(2, 2, 3)
+    bias = adapted["blocks"]["token_mixing"]["dense2"]["bias"].reshape(2, 2 * down, 3 * across)
+    np.testing.assert_array_equal(bias, np.tile(old_bias, (1, down, across)))
 
     images = random_batch(new, 2)["images"]
     old_run = jax.jit(functools.partial(mixer.encode, config=TINY))
@@ -768,6 +772,8 @@ def test_checkpoints_of_other_models_are_named():
     "fields, message",
     [
         ({"image_size": (30, 32)}, "image_size=(30, 32) is not a positive multiple of patch_size="),
+        ({"channels": 0}, "channels=0 is not at least 1"),
+        ({"width": 0}, "width=0 is not at least 1"),
         ({"tokens_mlp": 0}, "tokens_mlp=0 is not at least 1"),
         ({"channels_mlp": 0}, "channels_mlp=0 is not at least 1"),
         ({"depth": -1}, "depth=-1 is not at least 1"),
@@ -790,8 +796,9 @@ def test_config_refuses(fields, message):
         (np.zeros((2, 12, 8, 3), np.float32), "images are (2, 12, 8, 3), not [B, *(8, 12, 3)]"),
         (np.zeros((2, 8, 12, 3), np.uint8), "images are uint8, not floats in [-1, 1]"),
         (np.full((2, 8, 12, 3), 255.0), "images are from 255 to 255, not in [-1, 1]"),
+        (np.full((2, 8, 12, 3), -2.0), "images are from -2 to -2, not in [-1, 1]"),
     ],
-    ids=["shape", "dtype", "range"],
+    ids=["shape", "dtype", "large", "small"],
 )
 def test_forward_refuses_images(images, message):
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -859,6 +866,8 @@ def test_pictures_are_moved_whole():
     assert (moved.sum((1, 2, 3)) == 200).all()  # never further than to the edge
     _, rows, columns, _ = np.nonzero(moved)
     assert set(rows) == set(columns) == set(range(9))
+    white = np.full((50, 9, 9, 1), 255, np.uint8)
+    assert mixer.move(white, np.random.default_rng(0)).min() == 0  # what comes in is black
 
 
 @pytest.fixture(scope="module")

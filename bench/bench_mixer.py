@@ -219,7 +219,7 @@ def main():
         "three times as many for the forward pass; in brackets the range of the ratio. Times in",
         "ms, ratio peer / mixer.py, above 1 mixer.py is faster; other ratios: mixer.py / peer.",
         "remat is mixer.py's default. Without it lax.scan stacks all that the backward pass needs,",
-        "which costs more than to compute it again. nn.remat has no effect on a CPU's memory.",
+        "which costs more than to compute it again. (JAX 0.10 undoes nn.remat on a CPU.)",
         "",
         "| | mixer.py | peer | ratio | goal |",
         "| --- | --- | --- | --- | --- |",

@@ -18,6 +18,8 @@ Modes     --checkpoint starts from released or own weights: they are fitted to t
 Resume    --resume goes on from the last complete state, bit for bit on the same mesh, no matter
           when the process was killed: batch n depends on the pictures, the flags and n alone. All
           flags must be those of the run, --steps too. Without a state it starts afresh.
+Gradient  --gradient sam --rho 0.05, or gsam with --alpha: SAM and GSAM (gsam.py). --perturb shard
+          perturbs on each device by its own pictures, as the papers trained.
 Scale     --mesh data=4,model=2 --fsdp --accumulate n. --distributed runs over several processes:
           without a value on clusters that JAX detects, else HOST:PORT,PROCESSES,INDEX. --out must
           then be on a file system that all of them share.
@@ -29,6 +31,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -63,6 +66,8 @@ from vit import axis_if_split, make_mesh, read_npz, require, run_program  # noqa
 
 MODELS = [name for name in ("vit", "mixer", "moe") if (ROOT / f"{name}.py").exists()]
 OPTIMIZERS = ("adam", "adamw", "sgd", "amos")
+GRADIENTS = ("plain", "sam", "gsam")
+PERTURB = ("global", "shard")
 REGULARIZERS = ("dropout", "stochastic_depth")  # fields of a Config; no model has both
 
 # ==== Optimizers ==================================================================================
@@ -170,7 +175,8 @@ def accumulate(gradient, parts, mesh):
     sharding = NamedSharding(mesh, P(None, "data"))
 
     def cut(x):
-        rows = len(x) // parts
+        rows, left = divmod(len(x), parts)
+        require(left == 0, f"a batch of {len(x)} is not a multiple of {parts} microbatches")
         x = x.reshape(rows, parts, *x.shape[1:]).swapaxes(0, 1)  # [B,...] -> [parts,B/parts,...]
         return lax.with_sharding_constraint(x, sharding)
 
@@ -633,6 +639,7 @@ def settings_of(task: Task, args):
     """What must be the same for --resume. Pictures are compared by their digests, not by path."""
     names = ["model", "batch", "steps", "optimizer", "learning_rate", "decay", "warmup"]
     names += ["weight_decay", "clip", "mixup", "accumulate", "crop", "no_flip", "seed"]
+    names += ["gradient", "rho", "rho_min", "alpha", "perturb"]
     settings = {name: getattr(args, name) for name in names}
     for name, value in as_json(task.config).items():
         settings[f"config.{name}"] = value
@@ -642,14 +649,32 @@ def settings_of(task: Task, args):
     return settings
 
 
-def make_step(task: Task, args, optimizer, mesh):
-    """The train step, with mixup and accumulation if requested."""
-    gradient = plain_gradient(task.model, task.config, mesh)
+def make_step(task: Task, args, optimizer, rate, mesh):
+    """The train step, with mixup, accumulation, SAM and GSAM if requested.
+
+    --perturb global perturbs the weights once, by all pictures of a step; --perturb shard on each
+    device, and for each microbatch, by its own.
+    """
+    model = task.model
+    sharpness_aware = args.gradient in ("sam", "gsam")
+    if sharpness_aware:
+        gsam = importlib.import_module("gsam")
+        last_rate = float(rate(args.steps))
+        ends = args.rho, args.rho_min, args.learning_rate, min(last_rate, args.learning_rate)
+        rho = gsam.rho_from_learning_rate(rate, *ends)
+    if sharpness_aware and args.perturb == "shard":
+        loss_fn = functools.partial(model.loss_fn, config=task.config)
+        specs = model.param_specs(task.config, mesh)
+        gradient = gsam.per_shard(loss_fn, mesh, specs, rho, args.alpha)
+    else:
+        gradient = plain_gradient(model, task.config, mesh)
     if args.mixup:
         gradient = mixup(gradient, args.mixup, task.config.classes)
     if args.accumulate > 1:
         gradient = accumulate(gradient, args.accumulate, mesh)
-    return task.model.make_train_step(task.config, optimizer, mesh, gradient)
+    if sharpness_aware and args.perturb == "global":
+        gradient = gsam.gsam(gradient, rho, args.alpha)
+    return model.make_train_step(task.config, optimizer, mesh, gradient)
 
 
 @jax.jit
@@ -713,7 +738,7 @@ def train(task: Task, args, mesh, states):
     out = pathlib.Path(args.out)
     log = Metrics(out / "metrics.csv", first)
 
-    step = make_step(task, args, optimizer, mesh)
+    step = make_step(task, args, optimizer, rate, mesh)
     forward = make_forward(task.model, task.config, mesh)
     reader = Reader(task.source, task.config, args.skip_corrupt, args.crop, not args.no_flip)
     held_out_reader = Reader(task.held_out_source, task.config, args.skip_corrupt)
@@ -749,6 +774,8 @@ def train(task: Task, args, mesh, states):
             speed, left = clock.report(done)
             row["pictures_per_second"] = round(speed, 1)
             text = f"step {done}/{args.steps}  loss {row['loss']:.3f} nats"
+            if "gap" in row:  # of SAM and GSAM
+                text += f"  gap {row['gap']:.4f}"
             print(f"{text}  {speed:,.0f} pictures/s  {left:.0f} s left", flush=True)
             if saves:
                 result = evaluated()
@@ -921,6 +948,13 @@ def make_parser():
     add("--dropout", type=float, help="rate, for vit (default: 0)")
     add("--stochastic-depth", type=float, help="rate of the last block, for mixer (default: 0)")
     add("--mixup", type=float, metavar="ALPHA", help="of the Beta distribution (default: none)")
+    add("--gradient", choices=GRADIENTS, default="plain", help="(default: plain)")
+    add("--rho", type=float, help="of sam and gsam: length of the perturbation")
+    add("--rho-min", type=float, help="rho falls to it with the learning rate (default: constant)")
+    add("--alpha", type=float, help="of gsam: weight of the gap")
+    add(
+        "--perturb", choices=PERTURB, help="by the rows of all devices or of each (default: global)"
+    )
     add("--crop", type=float, default=0.05, help="least share of the area (default: 0.05; 1: none)")
     add("--no-flip", action="store_true", help="do not mirror pictures, such as digits or text")
 
@@ -982,6 +1016,28 @@ def check_flags(args):
     if args.evaluate or args.predict:
         for name in ("image_size", "untrained", "resume"):
             require(not getattr(args, name), f"{flag_of(name)} does not go with this mode")
+
+
+def check_sharpness(args):
+    """Checks the flags of SAM and GSAM, and sets those that were not given."""
+    flags = {"rho": args.rho, "rho_min": args.rho_min, "alpha": args.alpha, "perturb": args.perturb}
+    if args.gradient == "plain":
+        for name, value in flags.items():
+            require(value is None, f"{flag_of(name)} needs --gradient sam or gsam")
+        return
+    require(args.rho is not None, f"--gradient {args.gradient} needs --rho, such as 0.05")
+    for name in ("rho", "rho_min", "alpha"):
+        value = flags[name]
+        fits = value is None or 0 <= value < math.inf
+        require(fits, f"{flag_of(name)} {value} is not a finite number of at least 0")
+    if args.gradient == "sam":
+        require(args.alpha is None, "--alpha is for --gradient gsam")
+        args.alpha = 0.0
+    require(args.alpha is not None, "--gradient gsam needs --alpha, such as 0.4")
+    if args.rho_min is None:
+        args.rho_min = args.rho
+    require(args.rho_min <= args.rho, f"--rho-min {args.rho_min} is above --rho {args.rho}")
+    args.perturb = args.perturb or "global"
 
 
 def fill_in_recipe(args):
@@ -1068,6 +1124,7 @@ def join_devices(args):
 def run(args):
     """Runs the chosen mode."""
     check_flags(args)
+    check_sharpness(args)
     warmup_share = fill_in_recipe(args)
     out = pathlib.Path(args.out)
     make_folder(out)

@@ -721,6 +721,44 @@ def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_pat
     mixer.load(tuned / "model.npz", larger)
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "perturb, mesh",
+    [
+        ("global", "data=2,model=4"),
+        pytest.param("shard", "data=4,model=1", marks=pytest.mark.long),
+    ],
+)
+def test_gsam_shows_its_gap(perturb, mesh, brightness, tmp_path, capsys):
+    flags = f"--size small --batch 16 --steps 20 --every 20 --report 5 --crop 1 --mesh {mesh}"
+    sharpness = f"--gradient gsam --rho 0.1 --rho-min 0.02 --alpha 0.4 --perturb {perturb}"
+    flags = ["--data", brightness, "--learning-rate", 0.03, *flags.split(), *sharpness.split()]
+    run(*flags, "--out", tmp_path / "run")
+    assert re.search(r"step 5/20  loss \d\.\d{3} nats  gap \d\.\d{4}  ", capsys.readouterr().out)
+    rows = metrics_of(tmp_path / "run")
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    for row in rows:
+        gap = float(row["perturbed_loss"]) - float(row["loss"])
+        assert 0 < float(row["gap"]) == pytest.approx(gap, abs=1e-5)
+
+
+def test_flags_of_gsam_are_checked(brightness, tmp_path, capsys):
+    def refused(message, flags):
+        run("--data", brightness, "--size", "small", "--out", tmp_path, *flags.split(), status=2)
+        assert capsys.readouterr().err == f"train.py: {message}\n"
+
+    refused("--rho needs --gradient sam or gsam", "--rho 0.1")
+    refused("--perturb needs --gradient sam or gsam", "--perturb shard")
+    refused("--gradient sam needs --rho, such as 0.05", "--gradient sam")
+    refused("--alpha is for --gradient gsam", "--gradient sam --rho 0.1 --alpha 0.4")
+    refused("--gradient gsam needs --alpha, such as 0.4", "--gradient gsam --rho 0.1")
+    refused("--rho -1.0 is not a finite number of at least 0", "--gradient sam --rho -1")
+    refused("--rho-min 0.2 is above --rho 0.1", "--gradient sam --rho 0.1 --rho-min 0.2")
+    cut = "--gradient sam --rho 0.1 --perturb shard --steps 2 --batch 8 --mesh data=2,model=2"
+    run("--data", brightness, "--size", "small", "--out", tmp_path, *cut.split(), status=2)
+    assert "mesh axis model=2: each device needs all weights" in capsys.readouterr().err
+
+
 def test_a_recipe_sets_what_no_flag_does():
     parse = train.make_parser().parse_args
     args = parse(["mixer", "--recipe", "ImageNet", "--mixup", "0.2"])

@@ -1,4 +1,4 @@
-"""MLP-Mixer: patches are mixed by MLPs alone, in turn over the tokens and over the channels.
+"""MLP-Mixer: MLPs alone, which mix the patches' features alternately across tokens and channels.
 
     flat = read_npz("Mixer-B_16.npz")               # a released checkpoint
     config = infer_config(flat)                     # its sizes, read from the shapes
@@ -15,18 +15,18 @@
 Paper     Tolstikhin et al. 2021, "MLP-Mixer: An all-MLP Architecture for Vision",
           arXiv:2105.01601 v4.
 Here      Patches, token mixing and channel mixing (Sec. 2, Eq. 1), sizes (Table 1), stochastic
-          depth and the other settings of pre-training (App. B, Table 4), fine-tuning at a higher
-          resolution (App. C).
-Not here  What did not help (App. A), RandAugment, the recipes for JFT-300M. Training on your own
-          pictures: examples/train.py.
-Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, dense
-          layers drawn by lecun_normal with zero biases; a branch that stochastic depth keeps is
+          depth (App. B), the settings of pre-training as numbers (Table 4), fine-tuning at a
+          higher resolution (App. C).
+Not here  What did not help (App. A), mixup and RandAugment, the recipes for JFT-300M. Training on
+          your own pictures: examples/train.py.
+Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, kernels
+          drawn by lecun_normal, biases and the head zero; a branch that stochastic depth keeps is
           not divided by its probability to be kept. Image sizes must be multiples of the patch
           size, where the official code pads. App. C is applied to rectangles too.
           From the official code: variance as mean((x - mean)^2), not E[x^2] - E[x]^2; rows with
           the label -1 are masked.
 Claims    C1 parameter counts (Table 1)
-          C2 FLOPs grow linearly with the number of patches (Sec. 2)
+          C2 FLOPs grow linearly with the number of patches, for a fixed tokens_mlp (Sec. 2)
           C3 the model does not depend on the order of the patches, nor on that of the pixels
              inside them, if the weights are permuted accordingly (Sec. 3.4)
           C4 the number of token-mixing weights does not depend on the width (Sec. 2)
@@ -34,11 +34,12 @@ Claims    C1 parameter counts (Table 1)
           C6 in training mode every branch is kept or dropped as a whole, as in the official code
 Checked   google-research/vision_transformer @ c6de1e5 and, for stochastic depth,
           google-research/big_vision @ 0127fb6: outputs and gradients in float32 on a CPU differ
-          by at most 9.1e-7 times the largest value. The claims are tests in tests/test_mixer.py.
+          from theirs by at most 9.1e-7 times the largest value. The claims are tests in
+          tests/test_mixer.py.
 Run       python mixer.py
           61 s on two CPU cores: 90.3 % of 1,000 held-out MNIST digits right, each moved by up to
-          4 pixels; below 87.0 % it fails. With patches shuffled as in Sec. 3.4 it learns alike
-          (90.8 %), with all pixels shuffled less (79.6 %)
+          4 pixels; below 87.0 % it fails. With the patches shuffled, and the pixels inside them
+          (Sec. 3.4), it learns as well (90.8 %), with all pixels shuffled less well (79.6 %)
 Axes      B batch  T tokens, which are the patches (S in the paper)  D width, the channels that are
           mixed (C in the paper)  E hidden units of token mixing (D_S)  F hidden units of channel
           mixing (D_C)  L blocks  N classes  C channels of the image  h, w height and width of a
@@ -88,9 +89,9 @@ class Config:
     tokens_mlp: int = 384  # hidden units of token mixing
     channels_mlp: int = 3072  # hidden units of channel mixing
     classes: int = 1000  # 0: no head, forward returns the features
-    stochastic_depth: float = 0.0  # rate at which the last block drops each branch in training
-    dtype: str = "float32"  # or "bfloat16": of dense layers; sums and norms stay float32
-    remat: bool = True  # recompute in the backward pass: S/16 then needs a fifth of the memory
+    stochastic_depth: float = 0.0  # rate at which the last of several blocks drops a branch
+    dtype: str = "float32"  # or "bfloat16": of dense layers and GELU; all else stays float32
+    remat: bool = True  # recompute in the backward pass: S/16 at batch 8 needs 214 MB, not 1,159
     fsdp: bool = False  # shard weights and optimizer state over the mesh axis "data" too
 
     def __post_init__(self):
@@ -154,7 +155,7 @@ def preprocess(pixels, size=None):  # same in every file
     """The official input: resized to `size` (height, width), and from 0..255 to [-1, 1].
 
     pixels [B,height,width,C] -> float32 [B,*size,C]. Bilinear without antialiasing, as in the
-    official code. Raises ValueError for values outside 0 to 255; not under jit.
+    official code. Raises ValueError for values outside 0 to 255, except under jit.
     """
     pixels = jnp.asarray(pixels)
     if not isinstance(pixels, jax.core.Tracer):
@@ -250,32 +251,34 @@ def mlp(x, weights, config: Config, model_axis=None):
 def block(x, weights, config: Config, kept, model_axis=None):
     """One Mixer layer (Eq. 1). [B,T,D] -> [B,T,D].
 
-    kept [2,B,1,1] is 1 where a row keeps the branch of token mixing, of channel mixing, else 0.
+    kept [2,B,1,1] holds, for token mixing and for channel mixing, 1 where an example keeps this
+    branch and 0 where it drops it: see draw_kept.
     """
     keep_tokens, keep_channels = kept
 
     # Token mixing: U = X + W_2 gelu(W_1 LN(X)) for each channel, a column of T numbers.
     y = layer_norm(x, weights["norm1"])
     y = y.swapaxes(1, 2)  # [B,D,T]
-    y = mlp(y, weights["token_mixing"], config, model_axis)  # its hidden units are [B,D,E]
+    y = mlp(y, weights["token_mixing"], config, model_axis)  # hidden activations are [B,D,E]
     y = y.swapaxes(1, 2)  # [B,T,D]
     x = x + keep_tokens * y.astype(x.dtype)
     x = checkpoint_name(x, "middle")  # by this name encode keeps it for the backward pass
 
     # Channel mixing: Y = U + W_4 gelu(W_3 LN(U)) for each token, a row of D numbers.
     y = layer_norm(x, weights["norm2"])
-    y = mlp(y, weights["channel_mixing"], config, model_axis)  # its hidden units are [B,T,F]
+    y = mlp(y, weights["channel_mixing"], config, model_axis)  # hidden activations are [B,T,F]
     return x + keep_channels * y.astype(x.dtype)
 
 
-def draw_kept(key, rows, config: Config):
+def draw_kept(key, B, config: Config):
     """Stochastic depth (App. B): which branches to keep. -> float32 [L,2,B,1,1], 1 or 0.
 
-    Block i = 0 ... L-1 drops each of its two branches, for each of the `rows` separately, with
-    probability stochastic_depth * i / (L - 1). Without a key all are kept.
+    Block i = 0 ... L-1 drops each of its two branches, for each of B examples separately, with
+    probability stochastic_depth * i / (L - 1); a single block drops nothing. Without a key all
+    branches are kept.
     """
     L = config.depth
-    shape = (L, 2, rows, 1, 1)
+    shape = (L, 2, B, 1, 1)
     if key is None or config.stochastic_depth == 0:
         return jnp.ones(shape, jnp.float32)
     rates = config.stochastic_depth * jnp.linspace(0, 1, L, dtype=jnp.float32)
@@ -305,16 +308,18 @@ def encode(params, images, config: Config, *, key=None, kept=None, data_axis=Non
         return block(x, weights, config, kept, model_axis), None
 
     if config.remat:
-        # Only the inputs of a block's two halves are kept; everything else is computed again.
-        # prevent_cse=False is safe inside a scan, and faster.
+        # Only the inputs of a block's two halves are kept, x and "middle"; everything else is
+        # computed again. prevent_cse=False is safe inside a scan, and faster.
         keep = jax.checkpoint_policies.save_only_these_names("middle")
         layer = jax.checkpoint(layer, prevent_cse=False, policy=keep)
 
     if kept is None:
         if key is not None and data_axis:
-            # Each device has other rows and needs other draws.
+            # Each device has other examples and needs other draws.
             key = jax.random.fold_in(key, lax.axis_index(data_axis))
         kept = draw_kept(key, len(images), config)
+    shape = (config.depth, 2, len(images), 1, 1)
+    require(kept.shape == shape, f"kept has shape {kept.shape}, not {shape}")
 
     whole = gather(params["embed"], table["embed"], config, data_axis)
     x = embed({**params, "embed": whole}, images, config)
@@ -327,11 +332,15 @@ def forward(
 ):
     """Logits. images [B,height,width,C] in [-1, 1] -> [B,N]; without classes the features [B,D].
 
-    With a key Config.stochastic_depth is applied; the draws depend on the mesh. kept, as returned
-    by draw_kept, replaces them. data_axis and model_axis are names of mesh axes, for use inside
-    shard_map: each block does two all-reduces over model_axis, of 8 B T D bytes together, and, with
-    fsdp, two all-gathers over data_axis, of 8 D F bytes. Meant for jit: outside, every call
-    compiles the blocks again. Raises ValueError for images of another shape, dtype or range.
+    With a key Config.stochastic_depth is applied; the draws depend on the number of devices on the
+    data axis. kept, as returned by draw_kept for this device's examples, replaces them.
+
+    data_axis and model_axis are names of mesh axes, for use inside shard_map. In the forward pass
+    each block does two all-reduces over model_axis, each of 4*B*T*D bytes. With fsdp it also does
+    two all-gathers over data_axis, each of 4*D*F bytes.
+
+    Meant for jit: outside, every call compiles the blocks again. Raises ValueError for images of
+    another shape, dtype or range.
     """
     axes = {"data_axis": data_axis, "model_axis": model_axis}
     x = encode(params, images, config, key=key, kept=kept, **axes)
@@ -347,8 +356,12 @@ def one_hot(labels, classes):  # same in every file
     """Labels int [B] as rows with a single one. [B] -> float32 [B,N].
 
     The label -1 gives a row of zeros. Any other label that is not a class gives NaN, so that the
-    mistake shows in the loss.
+    mistake shows in the loss. Raises ValueError for labels that are not integers.
     """
+    require(
+        jnp.issubdtype(labels.dtype, jnp.integer),
+        f"labels [B] are {labels.dtype}, not integers",
+    )
     labels = labels.astype(jnp.int32)
     rows = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     known = (labels >= -1) & (labels < classes)
@@ -418,7 +431,7 @@ def param_table(config: Config) -> dict:
         ),
         "blocks": {
             "norm1": norm(L, D),
-            "token_mixing": {  # few weights, and T is rarely a multiple of "data": not cut there
+            "token_mixing": {  # few weights, and T is rarely a multiple of "data": no fsdp here
                 "dense1": dense(
                     Param((L, T, E), P(None, None, "model"), matrix),
                     Param((L, E), P(None, "model"), zeros),
@@ -467,14 +480,14 @@ def enlarge_token_mixing(weights, old_grid, new_grid):
     """Token mixing for a larger image: App. C. Returns a tree like weights, of numpy arrays.
 
     The larger image is cut into crops of the old size. Each is mixed by a copy of the old weights,
-    and nothing between them. Cut in this way, crop after crop, the tokens have another order than
-    in the image, where they stand row by row; hence the permutation.
+    and the weights between crops are zero. Crop after crop, the tokens have another order than in
+    the image, where they stand row by row; hence the permutation.
     """
     rows, columns = old_grid
     down = new_grid[0] // rows
     across = new_grid[1] // columns
     crops = down * across
-    # The number of each token in the order of the crops, for the tokens in the order of the image.
+    # order[i] is the number, counted crop after crop, of token i of the image.
     numbers = np.arange(math.prod(new_grid)).reshape(down, across, rows, columns)
     order = numbers.swapaxes(1, 2).ravel()
 
@@ -498,9 +511,10 @@ def adapt(params, old_config: Config, new_config: Config) -> dict:
 
     The image may grow by whole factors; tokens_mlp must grow with the number of patches. Before the
     first step the features of the larger image are the mean of those of its crops of the old size.
-    The head is new even for the same number of classes. All other weights are the same arrays as in
-    params. Raises ValueError if another field of the architecture differs.
+    The head is new even for the same number of classes. Weights that stay the same are not copied.
+    Raises ValueError if another field of the architecture differs.
     """
+    check_names(named_leaves(params), named_leaves(param_table(old_config)), "params")
     for name in ("patch_size", "channels", "width", "depth", "channels_mlp"):
         old = getattr(old_config, name)
         new = getattr(new_config, name)
@@ -561,7 +575,7 @@ RECIPES = {
         "adam", 4096, 1_040_000, 1e-3, "linear", 10_000, 0.1, 1.0, 0.5, 20, 0.1, "quoted: Table 4"
     ),
     "fine-tuning": Recipe(
-        "sgd", 512, 10_000, 0.03, "cosine", 500, 0.0, 1.0, 0.0, 0, 0.0, "quoted: Sec. 3, App. C"
+        "sgd", 512, 10_000, 0.03, "cosine", 500, 0.0, 1.0, 0.0, 0, 0.0, "quoted: official code"
     ),
     "digits": Recipe(
         "adam", 64, 500, 5e-3, "cosine", 25, 0.1, 1.0, 0.0, 0, 0.0, "reproduced: python mixer.py"
@@ -808,8 +822,8 @@ def infer_config(flat, **fields) -> Config:
 def official_places(config: Config) -> dict:
     """Official name -> (path of our weight, index into it that selects the official array)."""
     places = {}
-    for path in named_leaves(param_table(config)):  # "blocks/norm1/scale", "head/bias"
-        layer, *middle, kind = path.split("/")
+    for path in named_leaves(param_table(config)):
+        layer, *middle, kind = path.split("/")  # "head/bias" or "blocks/norm1/scale"
         if layer == "blocks":
             name = OFFICIAL_BLOCK["/".join(middle)]
             for i in range(config.depth):
@@ -842,12 +856,14 @@ def from_official(flat, config: Config) -> dict:
     leaves = named_leaves(params)  # the same arrays: to fill them is to fill params
     places = official_places(config)
     expected = {name: leaves[path][index] for name, (path, index) in places.items()}
-    patches = np.size(flat.get("MixerBlock_0/token_mixing/Dense_1/bias", np.empty(config.tokens)))
-    require(
-        patches == config.tokens,
-        f"the checkpoint is for {patches} patches, and image_size={config.image_size} has "
-        f"{config.tokens}: load it with the Config of infer_config, then see adapt",
-    )
+    one_per_patch = "MixerBlock_0/token_mixing/Dense_1/bias"
+    if one_per_patch in flat:
+        patches = np.size(flat[one_per_patch])
+        require(
+            patches == config.tokens,
+            f"the checkpoint is for {patches} patches, and image_size={config.image_size} has "
+            f"{config.tokens}: load it with the Config of infer_config, then see adapt",
+        )
     check_names(flat, expected, "checkpoint")
     for name, (path, index) in places.items():
         array = np.asarray(flat[name])
@@ -862,8 +878,12 @@ def from_official(flat, config: Config) -> dict:
 
 
 def to_official(params, config: Config) -> dict:
-    """The inverse of from_official: numpy arrays under the released names."""
+    """The inverse of from_official: numpy arrays under the released names.
+
+    Raises ValueError for params of another config.
+    """
     leaves = named_leaves(params)
+    check_names(leaves, named_leaves(param_table(config)), "params")
     flat = {}
     for name, (path, index) in official_places(config).items():
         flat[name] = np.asarray(leaves[path])[index]
@@ -935,13 +955,16 @@ FLOOR = 87.0
 
 
 def make_mesh(text):  # same in every file
-    """A mesh from text such as "data=4,model=2". Without an accelerator CPUs are simulated."""
+    """A mesh from text such as "data=4,model=2".
+
+    Without an accelerator CPUs are simulated, if this is called before JAX is used.
+    """
     match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
     require(match, f"--mesh {text} is not of the form data=4,model=2")
     shape = (int(match[1]), int(match[2]))
     needed = math.prod(shape)
     with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
-        jax.config.update("jax_num_cpu_devices", needed)
+        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
     count = jax.device_count()
     require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -971,6 +994,9 @@ def load_digits(path):  # same in every file
         f"{path}: images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape} "
         "are not ten or more uint8 [B,28,28] and integers [B]; examples/train.py takes others",
     )
+    low = labels.min()
+    high = labels.max()
+    require(0 <= low and high <= 9, f"{path}: labels are from {low} to {high}, not within 0 to 9")
     order = np.random.default_rng(0).permutation(len(images))
     return images[order][..., None], labels[order].astype(np.int32)
 
@@ -1003,13 +1029,13 @@ def reorder(images, order):
 
 
 def move(images, rng):
-    """Moves each picture by up to four pixels, so that the place of a pixel tells little.
+    """Moves each picture by up to four pixels, so that absolute positions tell less.
 
     uint8 [B,height,width,C] -> the same.
     """
     B, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
-    down, across = rng.integers(0, 9, (2, B, 1, 1))  # into the padded picture; 4: not moved
+    down, across = rng.integers(0, 9, (2, B, 1, 1))  # offsets; 4 leaves the picture where it is
     rows = down + np.arange(height)[:, None]  # [B,height,1]
     columns = across + np.arange(width)  # [B,1,width]
     return padded[np.arange(B)[:, None, None], rows, columns]

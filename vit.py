@@ -176,7 +176,7 @@ def preprocess(pixels, size=None):  # same in every file
     """The official input: resized to `size` (height, width), and from 0..255 to [-1, 1].
 
     pixels [B,height,width,C] -> float32 [B,*size,C]. Bilinear without antialiasing, as in the
-    official code. Raises ValueError for values outside 0 to 255; not under jit.
+    official code. Raises ValueError for values outside 0 to 255, except under jit.
     """
     pixels = jnp.asarray(pixels)
     if not isinstance(pixels, jax.core.Tracer):
@@ -441,8 +441,12 @@ def one_hot(labels, classes):  # same in every file
     """Labels int [B] as rows with a single one. [B] -> float32 [B,N].
 
     The label -1 gives a row of zeros. Any other label that is not a class gives NaN, so that the
-    mistake shows in the loss.
+    mistake shows in the loss. Raises ValueError for labels that are not integers.
     """
+    require(
+        jnp.issubdtype(labels.dtype, jnp.integer),
+        f"labels [B] are {labels.dtype}, not integers",
+    )
     labels = labels.astype(jnp.int32)
     rows = jax.nn.one_hot(labels, classes, dtype=jnp.float32)
     known = (labels >= -1) & (labels < classes)
@@ -628,6 +632,7 @@ def adapt(params, old_config: Config, new_config: Config) -> dict:
         new = getattr(new_config, name)
         dropped = name == "representation" and new is None
         require(old == new or dropped, f"a checkpoint of {name}={old} cannot become {name}={new}")
+    check_names(named_leaves(params), named_leaves(param_table(old_config)), "params")
     table = param_table(new_config)
     params = {name: params[name] for name in table if name != "head"}
     prefix = int(new_config.pool == "token")
@@ -977,8 +982,12 @@ def from_official(flat, config: Config) -> dict:
 
 
 def to_official(params, config: Config) -> dict:
-    """The inverse of from_official: numpy arrays under the released names."""
+    """The inverse of from_official: numpy arrays under the released names.
+
+    Raises ValueError for params of another config.
+    """
     leaves = named_leaves(params)
+    check_names(leaves, named_leaves(param_table(config)), "params")
     flat = {}
     for name, (path, index) in official_places(config).items():
         flat[name] = np.asarray(leaves[path])[index]
@@ -1043,13 +1052,16 @@ FLOOR = 96.0
 
 
 def make_mesh(text):  # same in every file
-    """A mesh from text such as "data=4,model=2". Without an accelerator CPUs are simulated."""
+    """A mesh from text such as "data=4,model=2".
+
+    Without an accelerator CPUs are simulated, if this is called before JAX is used.
+    """
     match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
     require(match, f"--mesh {text} is not of the form data=4,model=2")
     shape = (int(match[1]), int(match[2]))
     needed = math.prod(shape)
     with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
-        jax.config.update("jax_num_cpu_devices", needed)
+        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
     count = jax.device_count()
     require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
     return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -1079,6 +1091,9 @@ def load_digits(path):  # same in every file
         f"{path}: images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape} "
         "are not ten or more uint8 [B,28,28] and integers [B]; examples/train.py takes others",
     )
+    low = labels.min()
+    high = labels.max()
+    require(0 <= low and high <= 9, f"{path}: labels are from {low} to {high}, not within 0 to 9")
     order = np.random.default_rng(0).permutation(len(images))
     return images[order][..., None], labels[order].astype(np.int32)
 

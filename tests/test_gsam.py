@@ -623,6 +623,26 @@ def test_perturbations_by_hand():
     )
 
 
+def test_orthogonal_parts_of_tiny_gradients():
+    """Their squares are zero in float32."""
+    a = {"a": jnp.array([3e-25, 1e-25]), "b": jnp.array([2e-25])}
+    b = {"a": jnp.array([0.0, 5e-30]), "b": jnp.array([0.0])}
+    part = gsam.orthogonal_part(a, b)
+    np.testing.assert_allclose(part["a"], [3e-25, 0], atol=1e-31)
+    np.testing.assert_allclose(part["b"], [2e-25], rtol=1e-6)
+    zero = jax.tree.map(jnp.zeros_like, b)
+    assert_same(gsam.orthogonal_part(a, zero), a)
+
+
+def test_sharpness_of_bfloat16_weights():
+    def loss(params):
+        return (jnp.array([1.0, 4.0, -6.0]) * jnp.square(params["w"].astype("float32"))).sum() / 2
+
+    value, vector = gsam.sharpness(loss, {"w": jnp.ones(3, "bfloat16")}, steps=40)
+    assert float(value) == pytest.approx(-6, rel=1e-2)  # the largest in size
+    assert vector["w"].dtype == jnp.bfloat16
+
+
 def test_both_passes_get_the_same_batch_key_and_step():
     calls = []
 
@@ -688,7 +708,9 @@ def test_microbatches_inside_and_around():
     [
         ({"rho": -0.1}, "rho=-0.1 is not a finite number of at least 0"),
         ({"rho": math.inf}, "rho=inf is not a finite number of at least 0"),
-        ({"rho": 0.1, "alpha": math.nan}, "alpha=nan is not finite"),
+        ({"rho": np.float32(-1)}, "rho=-1.0 is not a finite number of at least 0"),
+        ({"rho": 0.1, "alpha": math.nan}, "alpha=nan is not a finite number of at least 0"),
+        ({"rho": 0.1, "alpha": -0.4}, "alpha=-0.4 is not a finite number of at least 0"),
         (
             {"rho": 0.1, "adaptive": "sam"},
             "adaptive='sam' is not one of (None, 'big_vision', 'asam'",
@@ -775,7 +797,7 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
         ("--steps 0", "--steps 0 is not at least 1"),
         ("--seed -1", "--seed -1 is not in 0 to 4294967295"),
         ("--rho -1", "rho=-1.0 is not a finite number of at least 0"),
-        ("--alpha nan", "alpha=nan is not finite"),
+        ("--alpha nan", "alpha=nan is not a finite number of at least 0"),
         ("--out f.npz", "--out f.npz is not a .png, .pdf or .svg"),
         ("--data missing.npz", "missing.npz does not exist"),
     ],

@@ -468,6 +468,18 @@ def test_adapt_names_what_does_not_fit(fields, message):
         mixer.adapt(random_params(TINY), TINY, change(TINY, **fields))
 
 
+def test_params_of_another_config_are_refused():
+    """They would be cut or enlarged to something else in silence."""
+    deeper = random_params(change(TINY, depth=3))
+    message = "params: blocks/channel_mixing/dense1/bias has shape (3, 32), not (2, 32)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mixer.adapt(deeper, TINY, TINY)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mixer.to_official(deeper, TINY)
+    with pytest.raises(ValueError, match="params: head/bias is unknown"):
+        mixer.to_official(random_params(TINY), change(TINY, classes=0))
+
+
 # ==== Numbers and the compiled program ============================================================
 
 
@@ -816,6 +828,13 @@ def test_weights_of_another_model_are_refused():
     message = "the checkpoint is for 6 patches, and image_size=(8, 24) has 12: load it with"
     with pytest.raises(ValueError, match=re.escape(message)):
         mixer.from_official(flat, change(TINY, image_size=(8, 24)))
+
+
+def test_draws_of_another_batch_are_refused():
+    images = random_batch(TINY, 4)["images"]
+    one_row = np.ones((2, 2, 1, 1, 1), np.float32)  # would be broadcast to all rows
+    with pytest.raises(ValueError, match=re.escape("kept has shape (2, 2, 1, 1, 1), not (2, 2, 4")):
+        mixer.forward(random_params(TINY), images, TINY, kept=one_row)
 
 
 def test_labels_of_another_shape_are_refused():

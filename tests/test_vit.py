@@ -1083,6 +1083,9 @@ def test_labels_and_weights_of_another_shape_are_refused():
     batch["labels"] = batch["labels"][:, None]  # [B,1] would broadcast to [B,N] in silence
     with pytest.raises(ValueError, match=re.escape("labels are (2, 1), not [B] or (2, 5)")):
         vit.loss_fn(random_params(TINY), batch, None, TINY)
+    batch["labels"] = np.array([1.7, 2.0])  # would be rounded in silence
+    with pytest.raises(ValueError, match=re.escape("labels [B] are float64, not integers")):
+        vit.loss_fn(random_params(TINY), batch, None, TINY)
     with pytest.raises(ValueError, match="params have 2 blocks, not depth=1"):
         vit.forward(random_params(TINY), batch["images"], change(TINY, depth=1))
 
@@ -1092,6 +1095,16 @@ def test_preprocess_takes_black_pictures():
         np.testing.assert_array_equal(vit.preprocess(np.zeros((1, 2, 2, 1), dtype)), -1)
     almost = vit.preprocess(np.ones((1, 2, 2, 1), np.uint8))  # 1 of 255, not 1 of 1
     np.testing.assert_allclose(almost, 1 / 127.5 - 1, rtol=1e-6)
+
+
+def test_params_of_another_config_are_refused():
+    """They would be saved in part, in silence."""
+    deeper = random_params(change(TINY, depth=3))
+    message = "params: blocks/key/bias has shape (3, 4, 4), not (2, 4, 4)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vit.to_official(deeper, TINY)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vit.adapt(deeper, TINY, TINY)
 
 
 def test_position_tables_of_another_size_are_refused():
@@ -1204,6 +1217,7 @@ def test_demo_prints_its_result_where_it_cannot_draw(digits, tmp_path, capsys, m
             "are not ten or more uint8 [B,28,28] and integers [B]; examples/train",
         ),
         ("--data one.npz", "one.npz has no array labels"),
+        ("--data eleven.npz", "eleven.npz: labels are from 0 to 10, not within 0 to 9"),
         ("--data few.npz", "are not ten or more uint8 [B,28,28] and integers [B]; examples/train"),
         ("--data floats.npz", "floats.npz: images float64 (20, 28, 28) and labels int64 (20,) are"),
         ("--data real.npz", "real.npz: images uint8 (20, 28, 28) and labels float64 (20,) are not"),
@@ -1220,12 +1234,28 @@ def test_demo_refuses_in_one_line(flags, message, digits, tmp_path, capsys, monk
     np.savez("real.npz", images=pictures, labels=np.zeros(20))
     np.savez("short.npz", images=pictures, labels=np.zeros(19, int))
     np.savez("few.npz", images=np.zeros((4, 28, 28), np.uint8), labels=np.zeros(4, int))
+    np.savez("eleven.npz", images=pictures, labels=np.arange(20) % 11)
     before = sorted(tmp_path.iterdir())
     assert vit.main(["--data", digits, "--out", "d.png", "--steps", "2", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("vit.py: ") and message in error
     assert len(error.splitlines()) == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_mesh_leaves_devices_that_are_there_already():
+    program = """
+import jax
+import vit
+jax.config.update("jax_num_cpu_devices", 4)
+vit.make_mesh("data=1,model=1")
+assert jax.device_count() == 4
+assert vit.make_mesh("data=2,model=2").size == 4
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""SGD, SAM and GSAM on wrong labels at equal steps and at equal gradient evaluations; their cost.
+"""SGD, SAM and GSAM on wrong labels, at equal steps and at equal gradient evaluations; their cost.
 
 What      Test accuracy of the demo's network, 5 seeds; SGD also with twice the steps, since SAM and
           GSAM evaluate two gradients a step. FLOPs and temporary bytes of one compiled gradient of
           ViT-S/16, plain, SAM and GSAM.
 Run       make bench FILE=gsam
           python bench/bench_gsam.py
-          About 2 minutes on two CPU cores. Replaces the section of gsam.py in bench/RESULTS.md.
+          About a minute on two CPU cores. Replaces the section of gsam.py in bench/RESULTS.md.
 """
 
 import argparse
@@ -24,6 +24,7 @@ def accuracy_rows(data, seed) -> list[str]:
     """Mean and range of the test accuracy over the seeds, for each gradient and number of steps."""
     plain = gsam.mlp_gradient
     runs = [
+        ("SGD, half the steps", plain, gsam.STEPS // 2, 1),
         ("SGD", plain, gsam.STEPS, 1),
         ("SGD, twice the steps", plain, 2 * gsam.STEPS, 1),
         ("SAM", gsam.gsam(plain, gsam.RHO), gsam.STEPS, 2),

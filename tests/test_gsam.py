@@ -615,6 +615,8 @@ def test_perturbations_by_hand():
         {"a": np.array([3.0]) / length, "b": np.array([0.0, 2.0]) / length},
         1e-6,
     )
+    zero = jax.tree.map(jnp.zeros_like, g)
+    assert_same(gsam.perturbation(params, zero, 0.5), zero)  # not 0/0
     length = math.sqrt(36 + 0 + 16)  # of |w| g
     assert_close(
         gsam.perturbation(params, g, 0.5, "asam"),
@@ -739,6 +741,10 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=re.escape("a/kernel is sharded over ['data']: each device")
     ):
         gsam.per_shard(tanh_loss, mesh_of(4), {"a": {"kernel": P(None, "data")}}, 0.1)
+    alone = jax.make_mesh((4, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    gsam.per_shard(
+        tanh_loss, alone, {"a": {"kernel": P(None, "model")}}, 0.1
+    )  # not cut: one device
     with pytest.raises(ValueError, match="rho_min=0.2, rho_max=0.1 are not in order"):
         gsam.rho_from_learning_rate(1e-3, 0.1, 0.2, 1e-3)
     with pytest.raises(ValueError, match="lr_min=0.1 is above lr_max=0.01"):

@@ -361,7 +361,7 @@ def sharpness(loss_fn, params, *batch, steps=20, key=None):
 
 
 class Recipe(NamedTuple):
-    """Settings of GSAM for ImageNet, which examples/train.py can follow."""
+    """Settings of GSAM for ImageNet."""
 
     rho_max: float
     rho_min: float

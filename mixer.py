@@ -13,7 +13,7 @@
     state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
 
 Paper     Tolstikhin et al. 2021, "MLP-Mixer: An all-MLP Architecture for Vision",
-          arXiv:2105.01601 v4.
+          arXiv:2105.01601.
 Here      Patches, token mixing and channel mixing (Sec. 2, Eq. 1), sizes (Table 1), stochastic
           depth (App. B), the settings of pre-training as numbers (Table 4), fine-tuning at a
           higher resolution (App. C).

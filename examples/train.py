@@ -10,16 +10,18 @@ Data      --data is an .npz (data/convert.py makes one) or a folder with one sub
           Training crops at random, resizes and flips; evaluation resizes the whole picture.
 Writes    --out gets metrics.csv, state/ for --resume, and at the end model.npz, with the parameter
           names of the official code, and model.json, with the config and the class names.
-Modes     --checkpoint starts from released or own weights: they are fitted to the image size and
-          the head is replaced by zeros (the model's `adapt`). --probe fits a logistic regression
-          to frozen features, five-fold. --evaluate only measures loss and accuracy on the held-out
-          pictures, which are the same as in training. --predict writes the five likeliest classes
-          of every picture of a folder.
+Modes     --checkpoint starts from released or own weights: they are fitted to the image size, for
+          a Mixer in whole multiples, and the head is replaced by zeros (the model's `adapt`).
+          --probe fits a logistic regression to frozen features, five-fold. --evaluate only measures
+          loss and accuracy on the held-out pictures, which are those of training if --data is
+          the same. --predict writes predictions.csv, with the five likeliest classes of every
+          picture of a folder.
 Resume    --resume goes on from the last complete state, bit for bit on the same mesh, no matter
           when the process was killed: batch n depends on the pictures, the flags and n alone. All
           flags must be those of the run, --steps too. Without a state it starts afresh.
-Gradient  --gradient sam --rho 0.05, or gsam with --alpha: SAM and GSAM (gsam.py). --perturb shard
-          perturbs on each device by its own pictures, as the papers trained.
+Gradient  --gradient sam --rho 0.05, or gsam with --alpha: SAM and GSAM (gsam.py). With --rho-min,
+          rho follows the learning rate. --perturb shard perturbs on each device by its own
+          pictures, as the papers trained.
 Scale     --mesh data=4,model=2 --fsdp --accumulate n. --distributed runs over several processes:
           without a value on clusters that JAX detects, else HOST:PORT,PROCESSES,INDEX. --out must
           then be on a file system that all of them share.
@@ -68,6 +70,11 @@ MODELS = [name for name in ("vit", "mixer", "moe") if (ROOT / f"{name}.py").exis
 OPTIMIZERS = ("adam", "adamw", "sgd", "amos")
 GRADIENTS = ("plain", "sam", "gsam")
 PERTURB = ("global", "shard")
+TRAINING_FLAGS = (
+    *("recipe", "steps", "epochs", "optimizer", "learning_rate", "decay", "warmup"),
+    *("weight_decay", "clip", "dropout", "stochastic_depth", "mixup"),
+    *("rho", "rho_min", "alpha", "perturb"),
+)
 REGULARIZERS = ("dropout", "stochastic_depth")  # fields of a Config; no model has both
 
 # ==== Optimizers ==================================================================================
@@ -144,8 +151,8 @@ def weight_of_rows(labels):
 def mixup(gradient, alpha, classes):
     """Wraps a gradient: each picture and its label are mixed with those of the previous row.
 
-    As the official code: one share ~ Beta(alpha, alpha) for the whole batch, at least one half. A
-    row whose neighbour is masked stays as it is. Inside accumulate, of each microbatch.
+    As in the official code, one share ~ Beta(alpha, alpha) for the whole batch, at least one half.
+    A row whose neighbour is masked stays as it is. Inside accumulate each microbatch has a share.
     """
 
     def mixed_gradient(params, batch, key, step):
@@ -529,11 +536,18 @@ def load_checkpoint(args):
             about = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not readable: {first_line(error)}") from None
-    if {"model", "config", "classes"} <= set(about):
+    if isinstance(about, dict) and {"model", "config", "classes"} <= set(about):
         name = about["model"]
         require(name == args.model, f"{args.checkpoint} is a checkpoint of {name}")
-        config = model.Config(**about["config"])
+        try:
+            config = model.Config(**about["config"])
+        except TypeError as error:
+            raise ValueError(f"{path} is not readable: {first_line(error)}") from None
         classes = about["classes"]
+        require(
+            not args.gelu or args.gelu == config.gelu,
+            f"--gelu {args.gelu} is not that of {path}: leave it out",
+        )
     else:
         fields = {}
         if args.gelu:
@@ -602,10 +616,14 @@ def from_scratch(args, source, fields):
     fields["image_size"] = args.image_size or source.size or 224
     if args.patch:
         fields["patch_size"] = args.patch
+    if args.gelu:
+        fields["gelu"] = args.gelu
     try:
         config = dataclasses.replace(model.SIZES[args.size], **fields)
     except ValueError as error:
-        raise ValueError(f"{error}; see --patch and --image-size") from None
+        if "patch_size" in str(error):
+            raise ValueError(f"{error}; see --patch and --image-size") from None
+        raise
     return model, None, config
 
 
@@ -625,7 +643,7 @@ def from_checkpoint(args, source, fields):
     config = dataclasses.replace(old, **fields)
     if hasattr(old, "tokens_mlp"):  # of a Mixer: grows with the number of patches
         hidden = old.tokens_mlp * config.tokens // old.tokens
-        config = dataclasses.replace(config, tokens_mlp=hidden)
+        config = dataclasses.replace(config, tokens_mlp=max(1, hidden))  # adapt refuses a wrong one
     params = model.adapt(params, old, config)
     if args.untrained:
         params = None
@@ -641,6 +659,8 @@ def settings_of(task: Task, args):
     names += ["weight_decay", "clip", "mixup", "accumulate", "crop", "no_flip", "seed"]
     names += ["gradient", "rho", "rho_min", "alpha", "perturb"]
     settings = {name: getattr(args, name) for name in names}
+    if args.perturb == "shard":  # what is computed then depends on the number of devices
+        settings["mesh"] = args.mesh
     for name, value in as_json(task.config).items():
         settings[f"config.{name}"] = value
     rows = zlib.crc32(np.ascontiguousarray(task.rows))
@@ -745,7 +765,8 @@ def train(task: Task, args, mesh, states):
 
     def evaluated():
         rows = task.held_out_rows
-        batches = evaluation_batches(held_out_reader, rows, mesh, args.batch)
+        microbatch = args.batch // args.accumulate  # what fits into memory
+        batches = evaluation_batches(held_out_reader, rows, mesh, microbatch)
         return evaluate(forward, state.params, batches)
 
     size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -753,6 +774,8 @@ def train(task: Task, args, mesh, states):
     counts = f"{len(task.rows)} pictures, {len(task.held_out_rows)} held out"
     print(f"{size:,} parameters, {counts}, {devices}", flush=True)
 
+    if first == 0:  # an evaluation that fails should fail now, not after hours
+        print(f"before training: held-out accuracy {evaluated()}", flush=True)
     result = None
     recent = []  # metrics of the steps since the last report
     clock = Clock(first, args.steps, args.batch)
@@ -878,7 +901,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class FromScratch(NamedTuple):
-    """The flags that a recipe sets, without one."""
+    """Defaults of the flags that a recipe can set."""
 
     optimizer: str = "adam"
     batch: int = 128
@@ -924,7 +947,7 @@ def make_parser():
 
     add = parser.add_argument_group("weights and modes").add_argument
     add("--checkpoint", help="weights to start from, an .npz with the official parameter names")
-    add("--gelu", choices=("tanh", "exact"), help="that of a released checkpoint (default: tanh)")
+    add("--gelu", choices=("tanh", "exact"), help="for vit, as the checkpoint has (default: tanh)")
     add("--untrained", action="store_true", help="random weights instead of the checkpoint's")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--probe", action="store_true", help="fit a linear probe, do not train")
@@ -932,7 +955,7 @@ def make_parser():
     mode.add_argument("--predict", metavar="FOLDER", help="write predictions.csv for its pictures")
     add("--per-class", type=int, help="with --probe: use so many pictures of each class")
 
-    add = parser.add_argument_group("training (a --recipe replaces the defaults)").add_argument
+    add = parser.add_argument_group("training (a --recipe sets other defaults)").add_argument
     add("--recipe", help="a recipe of the model's paper by name, such as 'to CIFAR'")
     add("--epochs", type=float, help="(default: the steps of the recipe, else 30 epochs)")
     add("--steps", type=int, help="instead of --epochs")
@@ -943,17 +966,25 @@ def make_parser():
     add("--warmup", type=int, help="steps (default: the share of the recipe, else 5 %%)")
     add("--weight-decay", type=float, help="multiplied by the learning rate (default: 0.1)")
     add(
-        "--clip", type=float, help="largest norm of the gradient, of an entry for amos; 0: none (1)"
+        "--clip",
+        type=float,
+        help="largest norm of the gradient, for amos largest entry; 0: no clipping (default: 1)",
     )
     add("--dropout", type=float, help="rate, for vit (default: 0)")
     add("--stochastic-depth", type=float, help="rate of the last block, for mixer (default: 0)")
     add("--mixup", type=float, metavar="ALPHA", help="of the Beta distribution (default: none)")
     add("--gradient", choices=GRADIENTS, default="plain", help="(default: plain)")
-    add("--rho", type=float, help="of sam and gsam: length of the perturbation")
-    add("--rho-min", type=float, help="rho falls to it with the learning rate (default: constant)")
-    add("--alpha", type=float, help="of gsam: weight of the gap")
+    add("--rho", type=float, help="length of the perturbation, for sam and gsam")
     add(
-        "--perturb", choices=PERTURB, help="by the rows of all devices or of each (default: global)"
+        "--rho-min",
+        type=float,
+        help="rho follows the learning rate between this and --rho (default: it is constant)",
+    )
+    add("--alpha", type=float, help="weight of the gap, for gsam")
+    add(
+        "--perturb",
+        choices=PERTURB,
+        help="by all pictures of a step, or on each device by its own (default: global)",
     )
     add("--crop", type=float, default=0.05, help="least share of the area (default: 0.05; 1: none)")
     add("--no-flip", action="store_true", help="do not mirror pictures, such as digits or text")
@@ -1008,8 +1039,13 @@ def check_flags(args):
         args.per_class is None or args.per_class >= FOLDS,
         f"--per-class {args.per_class} is fewer than the {FOLDS} folds",
     )
-    gelu = hasattr(importlib.import_module(args.model).Config, "gelu")
-    require(gelu or not args.gelu, f"--gelu is not for {args.model}")
+    has_gelu = hasattr(importlib.import_module(args.model).Config, "gelu")
+    require(has_gelu or not args.gelu, f"--gelu is not for {args.model}")
+    require(not (args.steps and args.epochs), "--steps and --epochs do not go together")
+    if args.probe or args.evaluate or args.predict:
+        for name in TRAINING_FLAGS:
+            require(getattr(args, name) is None, f"{flag_of(name)} is for training only")
+        require(args.gradient == "plain", "--gradient is for training only")
     if args.probe:
         for name in ("validation", "skip_corrupt", "resume"):
             require(not getattr(args, name), f"{flag_of(name)} does not go with --probe")
@@ -1018,8 +1054,8 @@ def check_flags(args):
             require(not getattr(args, name), f"{flag_of(name)} does not go with this mode")
 
 
-def check_sharpness(args):
-    """Checks the flags of SAM and GSAM, and sets those that were not given."""
+def fill_in_sharpness(args):
+    """Sets the flags of SAM and GSAM that were not given. Raises ValueError for wrong ones."""
     flags = {"rho": args.rho, "rho_min": args.rho_min, "alpha": args.alpha, "perturb": args.perturb}
     if args.gradient == "plain":
         for name, value in flags.items():
@@ -1038,10 +1074,18 @@ def check_sharpness(args):
         args.rho_min = args.rho
     require(args.rho_min <= args.rho, f"--rho-min {args.rho_min} is above --rho {args.rho}")
     args.perturb = args.perturb or "global"
+    whole = args.mesh.endswith("model=1") and not args.fsdp
+    require(
+        args.perturb == "global" or whole,
+        "--perturb shard needs all weights on every device: a --mesh with model=1 and no --fsdp",
+    )
 
 
 def fill_in_recipe(args):
-    """Sets the flags that were not given to those of the recipe. Returns its share of warm-up."""
+    """Sets the flags that were not given as the recipe does.
+
+    Returns the share of the steps that the learning rate rises.
+    """
     recipe = FromScratch()
     share = WARMUP_SHARE
     if args.recipe:
@@ -1124,7 +1168,7 @@ def join_devices(args):
 def run(args):
     """Runs the chosen mode."""
     check_flags(args)
-    check_sharpness(args)
+    fill_in_sharpness(args)
     warmup_share = fill_in_recipe(args)
     out = pathlib.Path(args.out)
     make_folder(out)
@@ -1134,7 +1178,8 @@ def run(args):
         return
     task = read_task(args)
     if jax.process_count() > 1:
-        settings = json.dumps(settings_of(task, args)).encode()
+        settings = [settings_of(task, args), args.mesh, args.every, args.report]
+        settings = json.dumps(settings).encode()
         checksums = multihost_utils.process_allgather(np.uint32(zlib.crc32(settings)))
         require(
             len(set(checksums.tolist())) == 1,
@@ -1149,7 +1194,7 @@ def run(args):
         with contextlib.closing(States(out / "state", args.keep)) as states:
             require(
                 args.resume or states.latest() is None,
-                f"{states.folder} holds the states of a run: go on with it by --resume, "
+                f"{states.folder} holds the states of a run: continue it with --resume, "
                 "or choose another --out",
             )
             train(task, args, mesh, states)
@@ -1170,7 +1215,7 @@ def silence_orbax():
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 if a run fails, 2 for bad input; either prints one line."""
+    """Returns the exit status: 0, 1 if a run fails, 2 for bad input; these print one line."""
     args = make_parser().parse_args(argv)
     try:
         run(args)

@@ -621,6 +621,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split())
     printed = capsys.readouterr().out
     assert "45 pictures, 12 held out, 4 cpu device(s)" in printed
+    assert re.search(r"^before training: held-out accuracy \d+\.\d % of 12", printed, re.M)
     assert re.search(
         r"^step 12/16  loss \d\.\d{3} nats  [\d,]+ pictures/s  \d+ s left$", printed, re.M
     )
@@ -644,7 +645,7 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys)
     assert again.startswith(f"result: held-out accuracy {result[1]} % of 12 pictures")
 
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split(), status=2)
-    assert "holds the states of a run: go on with it by --resume" in capsys.readouterr().err
+    assert "holds the states of a run: continue it with --resume" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")
@@ -754,9 +755,10 @@ def test_flags_of_gsam_are_checked(brightness, tmp_path, capsys):
     refused("--gradient gsam needs --alpha, such as 0.4", "--gradient gsam --rho 0.1")
     refused("--rho -1.0 is not a finite number of at least 0", "--gradient sam --rho -1")
     refused("--rho-min 0.2 is above --rho 0.1", "--gradient sam --rho 0.1 --rho-min 0.2")
-    cut = "--gradient sam --rho 0.1 --perturb shard --steps 2 --batch 8 --mesh data=2,model=2"
-    run("--data", brightness, "--size", "small", "--out", tmp_path, *cut.split(), status=2)
-    assert "mesh axis model=2: each device needs all weights" in capsys.readouterr().err
+    shard = "--gradient sam --rho 0.1 --perturb shard"
+    whole = "--perturb shard needs all weights on every device: a --mesh with model=1 and no --fsdp"
+    refused(whole, f"{shard} --mesh data=2,model=2")
+    refused(whole, f"{shard} --fsdp")
 
 
 def test_a_recipe_sets_what_no_flag_does():
@@ -791,6 +793,7 @@ def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
     mixer.save(tmp_path / "mixer.npz", random_params(config, model=mixer), config)
     checkpoint = ["--checkpoint", tmp_path / "mixer.npz"]
     refused("(12, 12) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 12)
+    refused("(4, 4) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 4)
     refused("it is not a ViT of this kind", *checkpoint, model="vit")
 
 
@@ -911,7 +914,8 @@ def test_a_run_that_cannot_save_ends_with_status_1(brightness, tmp_path, capsys,
         ("--seed -1", "--seed -1 is not in 0 to 4294967295"),
         ("--seed 9223372036854775808", "--seed 9223372036854775808 is not in 0 to 4294967295"),
         ("--warmup 5", "--warmup 5 is not below 2 steps"),
-        ("--dropout 1.5", "dropout=1.5 is not in [0, 1)"),
+        ("--dropout 1.5", "dropout=1.5 is not in [0, 1)\n"),
+        ("--epochs 2", "--steps and --epochs do not go together"),
         ("--size B/17", "--size B/17 is not one of Ti/16, S/32, S/16"),
         (
             "--patch 3",
@@ -1010,12 +1014,21 @@ def test_what_does_not_go_with_a_checkpoint(brightness, tmp_path, capsys):
     five = write_npz(tmp_path / "five.npz", images=five, labels=np.arange(20) % 2)
     refused("the pictures have 5 channels, the model takes 3", "--data", five)
 
+    for flags in (["--steps", 2], ["--mixup", 0.2], ["--recipe", "to CIFAR"], ["--rho", 0.1]):
+        for mode in (["--evaluate"], ["--predict", empty], ["--probe"]):
+            refused(f"{flags[0]} is for training only", *data, *mode, *flags)
+    refused("--gradient is for training only", *data, "--evaluate", "--gradient", "sam")
+
     headless = change(TINY, classes=0)
     vit.save(tmp_path / "headless.npz", random_params(headless), headless)
     refused("has no head, so it cannot predict", "--predict", empty, checkpoint="headless.npz")
     about = tmp_path / "model.json"
     about.write_text("{")
     refused("model.json is not readable: Expecting property name", "--predict", empty)
+    about.write_text(json.dumps({"model": "vit", "config": {"colour": 3}, "classes": []}))
+    refused("model.json is not readable: Config.__init__() got an unexpected", "--predict", empty)
+    about.write_text(json.dumps({"model": "vit", "config": {}, "classes": []}))
+    refused("--gelu exact is not that of", "--predict", empty, "--gelu", "exact")
     about.write_text(json.dumps({"model": "mixer", "config": {}, "classes": []}))
     refused("model.npz is a checkpoint of mixer", "--predict", empty)
 

@@ -723,12 +723,10 @@ def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_pat
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long  # test_gsam.py trains vit.py in less time
 @pytest.mark.parametrize(
     "perturb, mesh",
-    [
-        ("global", "data=2,model=4"),
-        pytest.param("shard", "data=4,model=1", marks=pytest.mark.long),
-    ],
+    [("global", "data=1,model=1"), ("global", "data=2,model=4"), ("shard", "data=4,model=1")],
 )
 def test_gsam_shows_its_gap(perturb, mesh, brightness, tmp_path, capsys):
     flags = f"--size small --batch 16 --steps 20 --every 20 --report 5 --crop 1 --mesh {mesh}"

@@ -84,7 +84,7 @@ def test_golden_pretraining_optimizer():
     optimizer = train.make_optimizer("adam", rate, decay, clip=1.0, momentum_dtype="bfloat16")
     params = nest(part(arrays, "params/"))
     state = optimizer.init(params)
-    for step in range(5):  # without jit, which keeps momentum in float32 between fused operations
+    for step in range(5):  # not compiled: by jit the weights differ by 2.3e-5
         grads = nest(part(arrays, f"in/grad_step{step}/"))
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)

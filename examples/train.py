@@ -1142,7 +1142,9 @@ def join_devices(args):
     if args.distributed is not None:
         match = re.fullmatch(r"(.+:\d+),([1-9]\d*),(\d+)", args.distributed)
         if match:
-            address, processes, index = match[1], int(match[2]), int(match[3])
+            address = match[1]
+            processes = int(match[2])
+            index = int(match[3])
             devices = math.prod(int(n) for n in re.findall(r"=(\d+)", args.mesh))
             jax.config.update("jax_num_cpu_devices", max(1, devices // processes))
             jax.distributed.initialize(address, processes, index)

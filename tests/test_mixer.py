@@ -519,8 +519,12 @@ def test_no_dtype_is_promoted_in_silence(dtype):
 
 
 def test_everything_is_float32_with_x64_too():
-    config = change(TINY, stochastic_depth=0.1)
+    config = change(TINY, stochastic_depth=0.5)
+    key = jax.random.key(0)
+    draws = mixer.draw_kept(key, 50, config)
     with jax.enable_x64(True):
+        np.testing.assert_array_equal(mixer.draw_kept(key, 50, config), draws)  # drawn alike
+        assert mixer.draw_kept(None, 50, config).dtype == np.float32
         params = shapes_of(config)
         batch = random_batch(config)
         batch["images"] = batch["images"].astype(np.float64)

@@ -787,7 +787,7 @@ def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
     refused("stochastic_depth=1.5 is not in [0, 1)", *size, "--stochastic-depth", 1.5)
     vit.save(tmp_path / "vit.npz", random_params(TINY), TINY)
     refused("it is one of a Vision Transformer, see vit.py", "--checkpoint", tmp_path / "vit.npz")
-    config = change(SMALL_MIXER, image_size=8, classes=3)
+    config = change(SMALL_MIXER, image_size=8, classes=3, tokens_mlp=2)
     mixer.save(tmp_path / "mixer.npz", random_params(config, model=mixer), config)
     checkpoint = ["--checkpoint", tmp_path / "mixer.npz"]
     refused("(12, 12) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 12)

@@ -30,9 +30,11 @@ from bench_vit import (
     interleave,
     machine,
     make_batch,
+    make_timm,
     present_interface,
     speed_row,
     step_of,
+    timm_table,
     write_section,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -176,6 +178,16 @@ def token_mixing_rows(config, rows, pairs) -> list[str]:
     return lines
 
 
+def beside_timm(args, config, batch) -> list[str]:
+    """The table of mixer.py and timm's Mixer."""
+    letter, patch = args.size.split("/")
+    try:
+        timm = make_timm(f"mixer_{letter.lower()}{patch}_224", *batch)
+    except ImportError as error:
+        return [f"timm was absent: {error}."]
+    return timm_table("mixer.py", make_mixer(config, *batch), timm, args.pairs)
+
+
 # ==== Report ======================================================================================
 
 
@@ -241,6 +253,8 @@ def main():
         "| | forward | ratio | gradient | ratio |",
         "| --- | --- | --- | --- | --- |",
         *token_mixing_rows(config, args.batch, args.pairs),
+        "",
+        *beside_timm(args, config, batch),
     ]
     write_section(ROOT / "bench" / "RESULTS.md", "mixer.py", lines)
     print("\n".join(lines))

@@ -325,8 +325,15 @@ def prepare_torchvision(torch):
             torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
 
 
-def make_timm(size, images, labels, gpu=False) -> dict:
-    """timm's ViT in PyTorch: functions that run a forward pass, a train step, a matrix product.
+def timm_name(size):
+    """timm's name of a ViT: S/16 -> vit_small_patch16_224."""
+    letter, patch = size.split("/")
+    names = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+    return f"vit_{names[letter]}_patch{patch}_224"
+
+
+def make_timm(name, images, labels, gpu=False) -> dict:
+    """A model of timm in PyTorch: functions that run a forward pass, a train step, a product.
 
     With gpu it is compiled and computes in bfloat16. NOT YET RUN on a GPU.
     """
@@ -335,9 +342,7 @@ def make_timm(size, images, labels, gpu=False) -> dict:
     prepare_torchvision(torch)
     import timm
 
-    letter, patch = size.split("/")
-    names = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
-    model = timm.create_model(f"vit_{names[letter]}_patch{patch}_224")
+    model = timm.create_model(name)
     device = "cpu"
     if gpu:
         device = "cuda"
@@ -637,10 +642,14 @@ def beside_timm(args, config) -> list[str]:
     """The table of vit.py and timm on a CPU, with what a matrix product takes in either library."""
     batch = make_batch(config, args.batch)
     try:
-        timm = make_timm(args.size, *batch)
+        timm = make_timm(timm_name(args.size), *batch)
     except ImportError as error:
         return [f"timm was absent: {error}."]
-    contender = make_vit(vit, config, *batch)
+    return timm_table("vit.py", make_vit(vit, config, *batch), timm, args.pairs)
+
+
+def timm_table(file, contender, timm, pairs) -> list[str]:
+    """The table of one of our files and what make_timm returned."""
     ours = {
         "forward": forward_of(contender),
         "step": step_of(contender),
@@ -652,14 +661,14 @@ def beside_timm(args, config) -> list[str]:
         ("step", "train step, ms"),
         ("product", "product of [2048,2048], ms"),
     ]:
-        seconds = interleave({"ours": ours[what], "timm": timm[what]}, args.pairs)
+        seconds = interleave({"ours": ours[what], "timm": timm[what]}, pairs)
         rows.append(speed_row(name, seconds["ours"], seconds["timm"]))
     peers = ", ".join(f"{name} {sys.modules[name].__version__}" for name in ("timm", "torch"))
     return [
         "A bare product of matrices is listed too: its ratio is due to the library, not to the",
         "model's code.",
         "",
-        f"| | vit.py | {peers}, eager | ratio | |",
+        f"| | {file} | {peers}, eager | ratio | |",
         "| --- | --- | --- | --- | --- |",
         *rows,
     ]
@@ -683,7 +692,9 @@ def on_gpu(pairs) -> list[str]:
         else:
             functions[f"vit.py, attention={attention!r}"] = step
     try:
-        functions["timm, torch.compile, autocast"] = make_timm("B/16", *batch, gpu=True)["step"]
+        functions["timm, torch.compile, autocast"] = make_timm(timm_name("B/16"), *batch, gpu=True)[
+            "step"
+        ]
     except ImportError as error:
         absent.append(f"timm was absent: {error}.")
     times = interleave(functions, pairs)

@@ -614,13 +614,22 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(folder, tmp_path, m
 
 
 @pytest.mark.usefixtures("quick")
-def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys):
+def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys, monkeypatch):
+    sizes = set()
+    batches = train.evaluation_batches
+
+    def record(reader, rows, mesh, batch_size):
+        sizes.add(batch_size)
+        return batches(reader, rows, mesh, batch_size)
+
+    monkeypatch.setattr(train, "evaluation_batches", record)
     out = tmp_path / "runs/one"
     flags = "--size small --patch 2 --batch 16 --steps 16 --report 4 --every 8 --keep 1 --crop 0.5"
     mesh = "--mesh data=2,model=2 --fsdp --accumulate 2 --mixup 0.2 --learning-rate 0.03"
     run("--data", brightness, "--out", out, *flags.split(), *mesh.split())
     printed = capsys.readouterr().out
     assert "45 pictures, 12 held out, 4 cpu device(s)" in printed
+    assert sizes == {8}  # a microbatch, for what fits into memory in training
     assert re.search(r"^before training: held-out accuracy \d+\.\d % of 12", printed, re.M)
     assert re.search(
         r"^step 12/16  loss \d\.\d{3} nats  [\d,]+ pictures/s  \d+ s left$", printed, re.M
@@ -739,6 +748,16 @@ def test_gsam_shows_its_gap(perturb, mesh, brightness, tmp_path, capsys):
     for row in rows:
         gap = float(row["perturbed_loss"]) - float(row["loss"])
         assert 0 < float(row["gap"]) == pytest.approx(gap, abs=1e-5)
+
+
+def test_resume_compares_the_mesh_where_it_changes_what_is_computed(brightness):
+    source = pictures.open_pictures(brightness)
+    rows = np.arange(4)
+    task = train.Task(vit, TINY, None, source, rows, source, rows)
+    flags = "vit --gradient sam --rho 0.1 --mesh data=2,model=1 --perturb"
+    for perturb, mesh in (("shard", "data=2,model=1"), ("global", None)):
+        args = train.make_parser().parse_args([*flags.split(), perturb])
+        assert train.settings_of(task, args).get("mesh") == mesh
 
 
 def test_flags_of_gsam_are_checked(brightness, tmp_path, capsys):
@@ -1036,10 +1055,18 @@ def test_processes_that_differ_are_refused(brightness, tmp_path, capsys, monkeyp
         raise AssertionError("the run goes on")
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(train.multihost_utils, "process_allgather", lambda x: np.array([x, x ^ 1]))
+    checksums = set()
+
+    def one_differs(checksum):
+        checksums.add(int(checksum))
+        return np.array([checksum, checksum ^ 1])
+
+    monkeypatch.setattr(train.multihost_utils, "process_allgather", one_differs)
     monkeypatch.setattr(train, "States", fail)
-    run("--data", brightness, "--size", "small", "--out", tmp_path / "run", status=2)
-    assert "the processes have different flags or see diff" in capsys.readouterr().err
+    for flags in ([], ["--every", 3], ["--mesh", "data=2,model=1"]):  # each would end in a wait
+        run("--data", brightness, "--size", "small", "--out", tmp_path / "run", *flags, status=2)
+        assert "the processes have different flags or see diff" in capsys.readouterr().err
+    assert len(checksums) == 3
 
 
 def test_help_needs_no_docstring(capsys, monkeypatch):

@@ -112,8 +112,14 @@ def resolve_leaf(path, x, eta, shape_fn, spec) -> Leaf:
 
 
 # ==== The idea: the step is a share of the scale that a weight should have ==================================
-wide = lambda x: jnp.promote_types(jax.dtypes.canonicalize_dtype(x.dtype), jnp.float32)  # same in every file
-at_least_float32 = lambda x: x.astype(wide(x))  # same in every file
+def wide(x):  # same in every file
+    """The dtype in which to compute with x: float32, or x's own if that is wider."""
+    return jax.dtypes.canonicalize_dtype(np.promote_types(x.dtype, np.float32))
+
+
+def at_least_float32(x):  # same in every file
+    """x in the dtype `wide`."""
+    return x.astype(wide(x))
 
 
 def update_leaf(leaf, g, w, v, b, xi, t, *, beta, extra_l2, d_coef, c_coef, epsilon):

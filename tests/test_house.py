@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [name for name in run_demos.FILES if (ROOT / f"{name}.py").exists()]
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 FIELDS = ["Paper", "Here", "Not here", "Differs", "Claims", "Checked", "Run", "Axes"]
-FORMER_SHAPE = {"memeff_attention", "amos"}  # their docstrings have a field more, "Read"
+FORMER_SHAPE = {"amos"}  # its docstring has a field more, "Read"
 MARK = "# same in every file"
 PACKAGES = {"jax", "numpy", "optax"}
 # Each file has its own text of these. Under any other name two files have one text, and mark it.
@@ -32,9 +32,10 @@ OWN = {
     *("infer_config", "official_places", "from_official", "to_official", "load", "save"),
     *("released_names", "embed", "mlp", "train", "draw", "main"),
 }
-# What two steps of a demo need beside the usual flags: texts and races are shortened.
+# What makes a demo as short as two steps of training; most need TWO_STEPS and nothing else.
+TWO_STEPS = "--steps 2 --data tiny.npz"
 DEMO_FLAGS = {
-    "memeff_attention": "--batch 8 --data memeff_attention.py --context 64 --longest 8",
+    "memeff_attention": "--longest 8",
     "amos": "--batch 8 --data amos.py --steps 10 --adamw 0.01 --amos 0.05",
 }
 
@@ -251,9 +252,9 @@ def check_alone(name, source, folder):
     if imported.returncode or imported.stdout != "imported\n":
         out.append(f"import of {name}: {imported.stdout}{imported.stderr}")
     usage = python(f"{name}.py", "--help")
-    if usage.returncode or "--data" not in usage.stdout:
+    if usage.returncode or "--out" not in usage.stdout:
         out.append(f"{name}.py --help: {usage.stdout}{usage.stderr}")
-    flags = f"--steps 2 --data tiny.npz --out figure.png {DEMO_FLAGS.get(name, '')}"
+    flags = f"{DEMO_FLAGS.get(name, TWO_STEPS)} --out figure.png"
     demo = python(f"{name}.py", *flags.split())
     result = [line for line in demo.stdout.splitlines() if run_demos.RESULT.fullmatch(line)]
     if demo.returncode not in (0, 1) or not result:
@@ -332,7 +333,7 @@ BROKEN = [  # check, a text in GOOD, what replaces it, a part of the complaint
 ALONE = [  # the same for check_alone
     ("import argparse", "import argparse, helpers", "import of good"),
     ("def main", "print('hello')\ndef main", "import of good: hello"),
-    ('"--data"', '"--set"', "--help"),
+    ('"--out"', '"--output"', "--help"),
     ("result:", "outcome:", "for two steps: status 0"),
     ("    np.load", "    raise SystemExit(2)\n    np.load", "for two steps: status 2"),
     ("    open(args.out", "    len(args.out", "drew no figure"),

@@ -1,0 +1,216 @@
+"""examples/byte_lm.py: the model, its sharding, its cache, and the program as a user runs it."""
+
+import gzip
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec as P
+
+from common import ROOT, close, close_gradients
+from vit import named_leaves
+
+sys.path.insert(0, str(ROOT / "examples"))
+import byte_lm  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("quick")
+SMALL = byte_lm.Config(width=16, depth=2, heads=2, mlp=32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return byte_lm.init_params(jax.random.key(0), SMALL)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.gz"
+    path.write_bytes(gzip.compress(b"the quick brown fox jumps over the lazy dog. " * 40))
+    return str(path)
+
+
+def tokens_of(batch, length):
+    return np.random.default_rng(0).integers(0, 256, (batch, length + 1)).astype(np.int32)
+
+
+# ==== Model =======================================================================================
+
+
+def test_the_model_sees_no_later_byte(params):
+    tokens = tokens_of(1, 19)
+    change = tokens.copy()
+    change[0, 12] += 1
+    run = jax.jit(lambda tokens: byte_lm.forward(params, tokens % 256, SMALL))
+    same = np.asarray(run(tokens) == run(change)).all((0, 2))
+    assert same[:12].all() and not same[12:].any()
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        return (byte_lm.rotary(q, jnp.array([i])) * byte_lm.rotary(k, jnp.array([j]))).sum()
+
+    close(score(7, 3), score(104, 100), 1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 0.01
+
+
+def test_the_attentions_agree(params):
+    tokens = tokens_of(2, 24)
+    logits = [
+        jax.jit(lambda tokens, name=name: byte_lm.forward(
+            params, tokens, byte_lm.Config(16, 2, 2, 32, name)
+        ))(tokens)
+        for name in byte_lm.ATTENTION
+    ]  # fmt: skip
+    for other in logits[1:]:
+        close(other, logits[0], 1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_meshes_give_the_loss_and_gradients_of_one_device(devices, params):
+    tokens = tokens_of(8, 24)
+    tokens[1, 7:] = -1  # the end of a text: the mean is over bytes, not over windows
+    mesh = byte_lm.make_mesh(devices)
+    sharded = jax.jit(jax.value_and_grad(byte_lm.global_loss(SMALL, mesh)))
+    plain = jax.jit(jax.value_and_grad(lambda *x: byte_lm.loss_fn(*x, SMALL)))
+    (loss, grads), (want, want_grads) = sharded(params, tokens), plain(params, tokens)
+    close(loss, want, 1e-5)
+    close_gradients(named_leaves(grads), named_leaves(want_grads), 1e-5)
+
+
+def test_bits_are_counted_over_the_bytes_that_are_there(params):
+    tokens = tokens_of(2, 24)
+    tokens[1, 7:] = -1
+    logits = byte_lm.forward(params, tokens[:, :-1].clip(0), SMALL)
+    bits = -np.asarray(jax.nn.log_softmax(logits), np.float64) / np.log(2)
+    counted = [bits[b, t, tokens[b, t + 1]] for b, n in ((0, 24), (1, 6)) for t in range(n)]
+    close(byte_lm.loss_fn(params, tokens, SMALL), np.mean(counted), 1e-5)
+
+
+def test_a_step_compiles_once_and_learns():
+    mesh = byte_lm.make_mesh(2)
+    optimizer = optax.adam(1e-2)
+    params = byte_lm.init_params(jax.random.key(0), SMALL)
+    state = jax.device_put((params, optimizer.init(params)), NamedSharding(mesh, P()))
+    step = byte_lm.make_train_step(SMALL, optimizer, mesh)
+    tokens = jax.device_put(tokens_of(2, 16), NamedSharding(mesh, P("data")))
+    losses = []
+    for _ in range(8):
+        *state, bits = step(*state, tokens)
+        losses.append(float(bits))
+    assert step._cache_size() == 1
+    assert losses[-1] < losses[0] - 1
+
+
+def test_reading_byte_by_byte_gives_the_logits_of_the_whole(params):
+    tokens = tokens_of(1, 9)[:, :-1]
+    want = byte_lm.forward(params, tokens, SMALL)[0]
+    state = byte_lm.init_state(SMALL, 9)
+    read = jax.jit(byte_lm.read_byte)
+    for byte, logits in zip(tokens[0], want):
+        state, got = read(params, state, jnp.int32(byte))
+        close(got, logits, 1e-5)
+
+
+def test_generate_writes_the_likeliest_bytes_at_a_low_temperature(params):
+    prompt = np.frombuffer(b"Call me", np.uint8)
+    new = byte_lm.generate(params, SMALL, prompt, 5, jax.random.key(0), 1e-6)
+    written = prompt
+    for byte in new:
+        logits = byte_lm.forward(params, written[None].astype(np.int32), SMALL)[0, -1]
+        assert byte == logits.argmax()
+        written = np.append(written, byte)
+
+
+def test_every_held_out_byte_counts_once():
+    """A loss that is known for each byte: the byte before it."""
+    held = np.random.default_rng(0).integers(0, 200, 101).astype(np.uint8)
+
+    def loss(params, tokens):
+        tokens = np.asarray(tokens)
+        assert tokens.shape == (batch, context + 1)
+        return tokens[:, :-1][tokens[:, 1:] >= 0].mean()
+
+    mesh = byte_lm.make_mesh(1)
+    for batch, context in ((1, 7), (3, 16), (2, 100), (4, 300)):
+        got = byte_lm.evaluate(loss, None, held, batch, context, mesh)
+        assert got == pytest.approx(held[:-1].mean())
+
+
+# ==== Program =====================================================================================
+
+TINY = ["--steps", "3", "--context", "32", "--width", "16", "--depth", "1", "--generate", "4"]
+
+
+def test_program_trains_saves_and_continues(text, tmp_path, capsys):
+    out = str(tmp_path / "model.npz")
+    flags = [*TINY, "--data", text, "--batch", "2", "--devices", "2"]
+    assert byte_lm.main([*flags, "--out", out]) == 0
+    trained = capsys.readouterr().out.splitlines()
+    assert trained[0].startswith("step 3/3  ") and trained[1] == f"wrote {out}"
+    assert re.fullmatch(r"held-out bits per byte: \d\.\d{3}, of 89 bytes", trained[2])
+    assert trained[3].startswith("Call me ")
+    assert byte_lm.main([*flags, "--checkpoint", out]) == 0
+    assert capsys.readouterr().out.splitlines() == trained[2:]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [("2", "after step 2 weights are not finite"), ("8", r"step \d: the loss is (nan|inf)")],
+)
+def test_program_saves_nothing_that_is_not_finite(steps, message, text, tmp_path, capsys):
+    out = tmp_path / "model.npz"
+    flags = [*TINY, "--data", text, "--steps", steps, "--learning-rate", "1e39", "--out", str(out)]
+    assert byte_lm.main(flags) == 1
+    assert re.fullmatch(f"byte_lm.py: {message}\n", capsys.readouterr().err)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps 0 is not at least 1"),
+        (["--context", "0"], "--context 0 is not at least 1"),
+        (["--generate", "-1"], "--generate -1 is negative"),
+        (["--seed", "-1"], "--seed -1 is not in 0 to 4294967295"),
+        (["--learning-rate", "nan"], "--learning-rate nan is not a positive number"),
+        (["--temperature", "0"], "--temperature 0.0 is not a positive number"),
+        (["--devices", "64"], "--devices 64: there are 8"),
+        (["--devices", "0"], "--devices 0 is not at least 1"),
+        (["--devices", "2"], "--batch 1 is not a multiple of --devices 2"),
+        (["--context", "9999"], "1710 bytes are too few for --context 9999"),
+        (["--data", "nothing.gz"], "--data nothing.gz is not a readable text"),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--out", "x.txt"], "--out x.txt is not an .npz"),
+        (["--out", "nowhere/x.npz"], "--out nowhere/x.npz: there is no such folder"),
+        (["--width", "6"], "width=6 is not a multiple of 2 x heads=2"),
+        (["--depth", "0"], "depth=0 is not at least 1"),
+        (["--checkpoint", "nothing.npz"], "nothing.npz does not exist"),
+    ],
+)
+def test_program_refuses_in_one_line(flags, message, text, capsys):
+    jax.devices()  # in use, as in a notebook
+    assert byte_lm.main(["--data", text, "--context", "32", *flags]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("byte_lm.py: ") and message in error and error.count("\n") == 1
+    assert not out
+
+
+def test_a_truncated_archive_is_refused(text, tmp_path):
+    path = tmp_path / "half.gz"
+    path.write_bytes(pathlib.Path(text).read_bytes()[:40])
+    with pytest.raises(ValueError, match="is not a readable text"):
+        byte_lm.load_text(path)
+
+
+def test_weights_of_another_config_are_refused(params, tmp_path):
+    path = tmp_path / "model.npz"
+    np.savez(path, **named_leaves(params))
+    with pytest.raises(ValueError, match=r"blocks/mlp1 has shape \(2, 16, 32\), not \(1, 16, 32\)"):
+        byte_lm.load_params(path, byte_lm.Config(16, 1, 2, 32))

@@ -552,7 +552,7 @@ def scan_tiles(plan: Plan, t, s, add_tile, carry, x: Arrays):
     return carry
 
 
-def same_axes(tree):
+def same_axes(tree):  # same in every file
     """Inside shard_map: arrays made to vary over every mesh axis that any of them varies over."""
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
 

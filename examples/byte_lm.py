@@ -5,13 +5,16 @@
     python examples/byte_lm.py --data my.txt --context 4096 --batch 4 --devices 4 --steps 1000
 
 Model     A causal Transformer with rotary positions; byte t also sees the embedding of byte t - 1.
-          --attention memeff (memeff_attention.py), or reference, its definition.
+          --attention memeff (memeff_attention.py), reference (its definition), or performer
+          (performer.py: FAVOR+ with 256 positive features, one projection for all blocks).
+          --take-over n trains with memeff, then puts the same weights under performer, measures
+          them as they are, and trains them on for n steps.
 Data      --data is any text, plain or .gz; the last twentieth is held out. Steps take windows of
           --context bytes from anywhere; the held-out text is measured in windows that do not
           overlap, every byte once.
 Writes    --out keeps the weights, an .npz; --checkpoint reads one, and then nothing is trained.
           --generate N continues --prompt by N bytes, with a cache of keys and values
-          (examples/long_context.py).
+          (examples/long_context.py); with performer from a state whose size is fixed.
 Scale     --devices n: the windows of a batch over n devices, simulated where there are not enough.
 Run       python examples/byte_lm.py
           63 s on two CPU cores: 2.71 bits per held-out byte of Moby Dick
@@ -41,6 +44,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]  # for the imports below, fro
 from long_context import decode_step, init_cache  # noqa: E402
 
 import memeff_attention as memeff  # noqa: E402
+import performer  # noqa: E402
 from vit import (  # noqa: E402
     check_names,
     named_leaves,
@@ -50,10 +54,8 @@ from vit import (  # noqa: E402
     write_npz,
 )
 
-ATTENTION = {  # name -> attention(q, k, v, causal=True)
-    "memeff": memeff.attention,
-    "reference": memeff.attention_by_definition,
-}
+ATTENTION = ("memeff", "reference", "performer")
+FEATURES = 256  # of performer
 REPORT = 20  # steps between lines of progress
 
 
@@ -142,9 +144,25 @@ def head(params, x):
     return rms_norm(x, params["norm"]) @ params["head"]
 
 
+def projection_of(config: Config):
+    """The random features of performer, the same wherever they are needed. [M,K]."""
+    head_size = config.width // config.heads
+    return performer.orthogonal_projection(jax.random.key(0), FEATURES, head_size)
+
+
+def causal_attention(config: Config):
+    """The function (q, k, v) -> out that config names, with a causal mask."""
+    if config.attention == "performer":
+        projection = projection_of(config)
+        return functools.partial(performer.favor_attention, projection=projection, causal=True)
+    if config.attention == "reference":
+        return functools.partial(memeff.attention_by_definition, causal=True)
+    return functools.partial(memeff.attention, causal=True)
+
+
 def forward(params, tokens, config: Config):
     """Logits of the next byte. int [B,T] -> [B,T,256]."""
-    attend = functools.partial(ATTENTION[config.attention], causal=True)
+    attend = causal_attention(config)
     positions = jnp.arange(tokens.shape[1])
 
     def layer(x, weights):
@@ -178,43 +196,50 @@ def global_loss(config: Config, mesh):
 
 
 def init_state(config: Config, length):
-    """Nothing read yet: the last byte, and an empty cache for each block."""
+    """Nothing read yet: the last byte, how many there were, and what each block keeps of them."""
     K = config.width // config.heads
-    cache = init_cache(1, length, config.heads, K)
-    caches = jax.tree.map(lambda x: jnp.stack([x] * config.depth), cache)
-    return {"before": jnp.int32(0), "caches": caches}
+    if config.attention == "performer":
+        kept = performer.init_state(1, config.heads, FEATURES, K)
+    else:
+        kept = init_cache(1, length, config.heads, K)
+    kept = jax.tree.map(lambda x: jnp.stack([x] * config.depth), kept)
+    return {"before": jnp.int32(0), "read": jnp.int32(0), "kept": kept}
 
 
-def read_byte(params, state, byte):
+def read_byte(params, state, byte, config: Config):
     """The state after one more byte, and the logits [256] of the next."""
-    position = state["caches"]["length"][0, :1]
+    position = state["read"][None]
+    step = decode_step
+    if config.attention == "performer":
+        step = functools.partial(performer.decode_step, projection=projection_of(config))
 
-    def layer(x, weights_and_cache):
-        weights, cache = weights_and_cache
+    def layer(x, weights_and_kept):
+        weights, kept = weights_and_kept
 
         def attend(q, k, v):
-            nonlocal cache
-            cache, out = decode_step(cache, q, k, v)
+            nonlocal kept
+            kept, out = step(kept, q, k, v)
             return out
 
         x = block(x, weights, position, attend)
-        return x, cache
+        return x, kept
 
     x = embed(params, byte[None, None], state["before"][None, None])
-    x, caches = lax.scan(layer, x, (params["blocks"], state["caches"]))
-    return {"before": byte, "caches": caches}, head(params, x)[0, 0]
+    x, kept = lax.scan(layer, x, (params["blocks"], state["kept"]))
+    state = {"before": byte, "read": state["read"] + 1, "kept": kept}
+    return state, head(params, x)[0, 0]
 
 
 def generate(params, config: Config, prompt, count, key, temperature):
     """`count` bytes that continue the prompt. uint8 [n] -> uint8 [count]."""
 
     def read(state, byte):
-        return read_byte(params, state, byte)
+        return read_byte(params, state, byte, config)
 
     def write(carry, key):
         state, logits = carry
         byte = jax.random.categorical(key, logits / temperature).astype(jnp.int32)
-        return read_byte(params, state, byte), byte
+        return read_byte(params, state, byte, config), byte
 
     state = init_state(config, len(prompt) + count)
     state, logits = lax.scan(read, state, jnp.asarray(prompt, jnp.int32))
@@ -265,35 +290,32 @@ def window(text, rng, batch, context):
     return text[starts + np.arange(context + 1)].astype(np.int32)
 
 
-def train(config: Config, text, args, mesh):
+def train(config: Config, params, text, args, mesh, steps):
     """Trained weights. Raises FloatingPointError if the loss or a weight is not finite."""
-    warmup = args.steps // 10 + 1
-    rate = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, args.steps + 1)
+    warmup = steps // 10 + 1
+    rate = optax.warmup_cosine_decay_schedule(0, args.learning_rate, warmup, steps + 1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95))
     rows = NamedSharding(mesh, P("data"))
-    params = init_params(jax.random.key(args.seed), config)
     # Placed on the mesh, else the step compiles twice.
     state = jax.device_put((params, optimizer.init(params)), NamedSharding(mesh, P()))
     step = make_train_step(config, optimizer, mesh)
 
     start = time.time()
-    for i in range(args.steps):
+    for i in range(steps):
         rng = np.random.default_rng((args.seed, i))
         tokens = jax.device_put(window(text, rng, args.batch, args.context), rows)
         *state, bits = step(*state, tokens)
         bits = float(bits)
         if not math.isfinite(bits):
             raise FloatingPointError(f"step {i + 1}: the loss is {bits}")
-        if (i + 1) % REPORT == 0 or i + 1 == args.steps:
+        if (i + 1) % REPORT == 0 or i + 1 == steps:
             rate = (i + 1) / (time.time() - start)
             speed = f"{args.batch * args.context * rate:,.0f} bytes/s"
-            left = f"{(args.steps - i - 1) / rate:.0f} s left"
-            print(
-                f"step {i + 1}/{args.steps}  {bits:.3f} bits per byte  {speed}  {left}", flush=True
-            )
+            left = f"{(steps - i - 1) / rate:.0f} s left"
+            print(f"step {i + 1}/{steps}  {bits:.3f} bits per byte  {speed}  {left}", flush=True)
     params = state[0]
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
-        raise FloatingPointError(f"after step {args.steps} weights are not finite")
+        raise FloatingPointError(f"after step {steps} weights are not finite")
     return params
 
 
@@ -343,6 +365,7 @@ def make_parser():
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--out", help=".npz for the weights")
     parser.add_argument("--checkpoint", help=".npz of weights; nothing is trained")
+    parser.add_argument("--take-over", type=int, default=0, help="steps with performer, afterwards")
     parser.add_argument("--prompt", default="Call me ", help="text to continue")
     parser.add_argument("--generate", type=int, default=200, help="bytes to write; 0: none")
     parser.add_argument("--temperature", type=float, default=0.7, help="of the samples")
@@ -352,7 +375,13 @@ def make_parser():
 def check_flags(args, text, held):
     for name in ("context", "batch", "steps"):
         require(getattr(args, name) >= 1, f"--{name} {getattr(args, name)} is not at least 1")
-    require(args.generate >= 0, f"--generate {args.generate} is negative")
+    for name in ("generate", "take_over"):
+        value = getattr(args, name)
+        require(value >= 0, f"--{name.replace('_', '-')} {value} is negative")
+    require(
+        not args.take_over or args.attention != "performer",
+        "--take-over starts from --attention memeff or reference",
+    )
     require(0 <= args.seed < 2**32, f"--seed {args.seed} is not in 0 to {2**32 - 1}")
     for name in ("learning_rate", "temperature"):
         value = getattr(args, name)
@@ -379,17 +408,26 @@ def run(args):
     mesh = make_mesh(args.devices)
     check_flags(args, text, held)
     config = Config(args.width, args.depth, args.heads, 4 * args.width, args.attention)
+
+    def report(config, params):
+        loss = jax.jit(global_loss(config, mesh))
+        bits = evaluate(loss, params, held, args.batch, args.context, mesh)
+        print(f"held-out bits per byte: {bits:.3f}, of {len(held) - 1:,} bytes, {config.attention}")
+
     if args.checkpoint:
         params = load_params(args.checkpoint, config)
     else:
-        params = train(config, text, args, mesh)
-        if args.out:
-            write_npz(args.out, named_leaves(jax.tree.map(np.asarray, params)))
-            print(f"wrote {args.out}")
-
-    loss = jax.jit(global_loss(config, mesh))
-    bits = evaluate(loss, params, held, args.batch, args.context, mesh)
-    print(f"held-out bits per byte: {bits:.3f}, of {len(held) - 1:,} bytes")
+        params = init_params(jax.random.key(args.seed), config)
+        params = train(config, params, text, args, mesh, args.steps)
+    report(config, params)
+    if args.take_over:
+        config = dataclasses.replace(config, attention="performer")
+        report(config, params)
+        params = train(config, params, text, args, mesh, args.take_over)
+        report(config, params)
+    if args.out:
+        write_npz(args.out, named_leaves(jax.tree.map(np.asarray, params)))
+        print(f"wrote {args.out}")
     if args.generate:
         prompt = np.frombuffer(args.prompt.encode(), np.uint8)
         key = jax.random.key(args.seed)

@@ -1,5 +1,7 @@
 """examples/byte_lm.py: the model, its sharding, its cache, and the program as a user runs it."""
 
+import dataclasses
+import functools
 import gzip
 import pathlib
 import re
@@ -60,16 +62,11 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert abs(score(7, 3) - score(7, 4)) > 0.01
 
 
-def test_the_attentions_agree(params):
+def test_memeff_is_its_definition(params):
     tokens = tokens_of(2, 24)
-    logits = [
-        jax.jit(lambda tokens, name=name: byte_lm.forward(
-            params, tokens, byte_lm.Config(16, 2, 2, 32, name)
-        ))(tokens)
-        for name in byte_lm.ATTENTION
-    ]  # fmt: skip
-    for other in logits[1:]:
-        close(other, logits[0], 1e-5)
+    config = dataclasses.replace(SMALL, attention="reference")
+    want = jax.jit(lambda tokens: byte_lm.forward(params, tokens, config))(tokens)
+    close(jax.jit(lambda tokens: byte_lm.forward(params, tokens, SMALL))(tokens), want, 1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -108,14 +105,18 @@ def test_a_step_compiles_once_and_learns():
     assert losses[-1] < losses[0] - 1
 
 
-def test_reading_byte_by_byte_gives_the_logits_of_the_whole(params):
+@pytest.mark.parametrize("attention", ["memeff", "performer"])
+def test_reading_byte_by_byte_gives_the_logits_of_the_whole(attention, params):
+    config = dataclasses.replace(SMALL, attention=attention)
     tokens = tokens_of(1, 9)[:, :-1]
-    want = byte_lm.forward(params, tokens, SMALL)[0]
-    state = byte_lm.init_state(SMALL, 9)
-    read = jax.jit(byte_lm.read_byte)
+    want = byte_lm.forward(params, tokens, config)[0]
+    state = byte_lm.init_state(config, 9)
+    read = jax.jit(functools.partial(byte_lm.read_byte, config=config))
+    sizes = [x.size for x in jax.tree.leaves(state)]
     for byte, logits in zip(tokens[0], want):
         state, got = read(params, state, jnp.int32(byte))
-        close(got, logits, 1e-5)
+        close(got, logits, 2e-5)
+    assert [x.size for x in jax.tree.leaves(state)] == sizes
 
 
 def test_generate_writes_the_likeliest_bytes_at_a_low_temperature(params):
@@ -153,22 +154,38 @@ def test_program_trains_saves_and_continues(text, tmp_path, capsys):
     flags = [*TINY, "--data", text, "--batch", "2", "--devices", "2"]
     assert byte_lm.main([*flags, "--out", out]) == 0
     trained = capsys.readouterr().out.splitlines()
-    assert trained[0].startswith("step 3/3  ") and trained[1] == f"wrote {out}"
-    assert re.fullmatch(r"held-out bits per byte: \d\.\d{3}, of 89 bytes", trained[2])
-    assert trained[3].startswith("Call me ")
+    assert trained[0].startswith("step 3/3  ")
+    assert re.fullmatch(r"held-out bits per byte: \d\.\d{3}, of 89 bytes, memeff", trained[1])
+    assert trained[2] == f"wrote {out}" and trained[3].startswith("Call me ")
     assert byte_lm.main([*flags, "--checkpoint", out]) == 0
-    assert capsys.readouterr().out.splitlines() == trained[2:]
+    assert capsys.readouterr().out.splitlines() == [trained[1], *trained[3:]]
 
 
-@pytest.mark.parametrize(
-    ("steps", "message"),
-    [("2", "after step 2 weights are not finite"), ("8", r"step \d: the loss is (nan|inf)")],
-)
-def test_program_saves_nothing_that_is_not_finite(steps, message, text, tmp_path, capsys):
+def test_program_takes_weights_over_into_performer(text, capsys):
+    flags = [*TINY, "--data", text, "--take-over", "2", "--generate", "0"]
+    assert byte_lm.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    reports = [line.rpartition(", ")[2] for line in lines if line.startswith("held-out")]
+    assert reports == ["memeff", "performer", "performer"]
+    assert [line[:9] for line in lines if line.startswith("step")] == ["step 3/3 ", "step 2/2 "]
+
+
+def test_program_stops_at_a_loss_that_is_not_finite(text, tmp_path, capsys):
     out = tmp_path / "model.npz"
-    flags = [*TINY, "--data", text, "--steps", steps, "--learning-rate", "1e39", "--out", str(out)]
+    flags = [*TINY, "--data", text, "--steps", "8", "--learning-rate", "1e38", "--out", str(out)]
     assert byte_lm.main(flags) == 1
-    assert re.fullmatch(f"byte_lm.py: {message}\n", capsys.readouterr().err)
+    assert re.fullmatch(r"byte_lm.py: step \d: the loss is (nan|inf)\n", capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_program_saves_no_weights_that_are_not_finite(text, tmp_path, capsys, monkeypatch):
+    def broken_step(params, opt_state, tokens):
+        return jax.tree.map(lambda x: x * np.nan, params), opt_state, 8.0
+
+    monkeypatch.setattr(byte_lm, "make_train_step", lambda *args: broken_step)
+    out = tmp_path / "model.npz"
+    assert byte_lm.main([*TINY, "--data", text, "--out", str(out)]) == 1
+    assert capsys.readouterr().err == "byte_lm.py: after step 3 weights are not finite\n"
     assert not out.exists()
 
 
@@ -178,6 +195,8 @@ def test_program_saves_nothing_that_is_not_finite(steps, message, text, tmp_path
         (["--steps", "0"], "--steps 0 is not at least 1"),
         (["--context", "0"], "--context 0 is not at least 1"),
         (["--generate", "-1"], "--generate -1 is negative"),
+        (["--take-over", "-1"], "--take-over -1 is negative"),
+        (["--take-over", "1", "--attention", "performer"], "--take-over starts from --attention"),
         (["--seed", "-1"], "--seed -1 is not in 0 to 4294967295"),
         (["--learning-rate", "nan"], "--learning-rate nan is not a positive number"),
         (["--temperature", "0"], "--temperature 0.0 is not a positive number"),

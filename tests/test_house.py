@@ -35,6 +35,7 @@ OWN = {
 # What makes a demo as short as two steps of training; most need TWO_STEPS and nothing else.
 TWO_STEPS = "--steps 2 --data tiny.npz"
 DEMO_FLAGS = {
+    "performer": "--longest 12",
     "memeff_attention": "--longest 8",
     "amos": "--batch 8 --data amos.py --steps 10 --adamw 0.01 --amos 0.05",
 }

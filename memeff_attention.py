@@ -663,16 +663,16 @@ def nonzero(total):
 
 
 class Rows(NamedTuple):
-    """What the gradient needs of each query."""
+    """What the gradient needs of each query, beside q."""
 
-    highest: jax.Array  # [B,G,R,T,1]
-    total: jax.Array  # [B,G,R,T,1]
-    dout: jax.Array  # [B,G,R,T,V]
-    delta: jax.Array  # [B,G,R,T,1], what a score's own gradient is compared with
+    highest: jax.Array  # [B,G,R,T,1], as in Softmax
+    total: jax.Array  # [B,G,R,T,1], as in Softmax, and 1 for a query that sees nothing
+    dout: jax.Array  # [B,G,R,T,V], gradient of the output
+    delta: jax.Array  # [B,G,R,T,1], see accumulate_gradients
 
 
 def rows_of(results: Softmax, cotangents: Softmax) -> Rows:
-    """From attend's results and their cotangents."""
+    """The Rows of what attend returned and of its cotangents; highest cancels out, and has none."""
     dout = lax.optimization_barrier(cotangents.out)  # see accumulate_gradients
     total = nonzero(results.total)
     mean = (results.out * dout).sum(-1, keepdims=True)
@@ -682,8 +682,12 @@ def rows_of(results: Softmax, cotangents: Softmax) -> Rows:
 def accumulate_gradients(plan: Plan, grads: Arrays, x: Arrays, rows: Rows) -> Arrays:
     """grads plus the gradients of q, k, v and bias, from one tile of recomputed scores at a time.
 
-    The scores are computed as in the forward pass, to the bit, and their softmax from its maximum
-    and sum. With the rounded log-sum-exp instead the errors are 4 to 20 times as large.
+    With out = sum_j terms_j v_j / total and total = sum_j terms_j, the gradient of score j is
+
+        terms_j (v_j.dout / total - delta),  delta = out.dout / total - (gradient of total).
+
+    The scores are those of the forward pass, to the bit, and their terms come from its maximum and
+    sum. From a rounded log-sum-exp instead, errors were 4 to 20 times as large for 8 keys.
     """
     # XLA on a CPU errs in (x @ ones).sum() if it sees that the ones are constant: hide it.
     x = x._replace(q=lax.optimization_barrier(x.q))

@@ -619,7 +619,7 @@ def draw(path, errors, lengths, speeds):
     """Left: error against the number of features. Right: seconds against the length."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for (norm, kind, name), row in errors.items():
         color = f"C{NORMS.index(norm)}"
         marker = "o" if kind == "positive" else "^"
@@ -628,7 +628,7 @@ def draw(path, errors, lengths, speeds):
         left.plot(NUMBERS, row, color + style, marker=marker, label=label)
     left.set(xlabel="features", ylabel="relative error of attention", xscale="log", yscale="log")
     left.set_xticks(NUMBERS, [str(m) for m in NUMBERS])
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for name, row in speeds.items():
         color = "C0" if name.startswith("softmax") else "C1"
         style = ":" if name.endswith("causal") else "-"

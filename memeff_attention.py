@@ -1,47 +1,50 @@
-"""Memory-efficient attention: exact softmax attention without a matrix of queries times keys.
+"""Memory-efficient attention: exact softmax attention that never stores all scores.
 
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 4096, 8, 64))  # each [B,T,H,K]
     out = jax.jit(attention)(q, k, v)  # [B,T,H,V], for any length
-    out = attention(q, k, v, causal=True, window=256)  # the last 256 keys before each query
-    out = attention(q, k, v, mask=mask, bias=bias)  # differentiable in q, k, v and bias
+    out = attention(q, k, v, causal=True, window=256)  # its own key and the 255 before it
+    out = attention(q, k, v, mask=mask, bias=bias)  # of shapes that broadcast to [B,H,T,T]
 
-    # A sequence that is cut over the devices of mesh axis "seq":
+    # A sequence that is sharded over the devices of mesh axis "seq":
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
     ring = functools.partial(ring_attention, axis_name="seq", causal=True)
-    specs = {"in_specs": P(None, "seq"), "out_specs": P(None, "seq")}
-    out = jax.jit(jax.shard_map(ring, mesh=mesh, **specs))(q, k, v)
+    cut = jax.P(None, "seq")
+    out = jax.jit(jax.shard_map(ring, mesh=mesh, in_specs=cut, out_specs=cut))(q, k, v)
 
 Paper     Rabe & Staats 2021, "Self-attention Does Not Need O(n^2) Memory", arXiv:2112.05682 v3.
           The ring: Liu, Zaharia & Abbeel 2023, "Ring Attention with Blockwise Transformers for
           Near-Infinite Context", arXiv:2310.01889.
 Here      The running softmax (Sec. 2) in its stable form (Sec. 3); the paper's own code (Fig. 1)
           and experiment (Tables 2 and 3). Beyond the paper: mask, bias, causal, window, segments,
-          heads that share keys, a backward pass that recomputes one tile at a time, the sequence
-          cut over devices, the forward pass as a Pallas kernel.
+          grouped heads, a backward pass that recomputes one tile at a time, ring attention, the
+          forward pass as a Pallas kernel.
 Not here  Dropout and soft caps of the scores; a window that is not causal; a traced query_offset;
-          empty arrays; forward-mode derivatives; in the ring: mask, bias, segments, window. Zigzag
-          order, a cache for decoding: examples/long_context.py. A language model of bytes:
-          examples/byte_lm.py. For cuDNN's kernel call jax.nn.dot_product_attention.
-Differs   From the official code: chunks need not divide the lengths (there, a chunk that does not
-          divide the keys counts some of them twice, and one that does not divide the queries
-          crashes); one running maximum, not one for each chunk; the output has q's dtype. A query
-          that sees nothing gets zeros, and no gradient.
+          empty arrays; forward-mode derivatives; in the ring: mask, bias, segments, window.
+          Elsewhere: zigzag order and a cache for decoding in examples/long_context.py, a language
+          model of bytes in examples/byte_lm.py, cuDNN's kernel in jax.nn.dot_product_attention.
+Differs   From the official code: chunks need not divide the lengths (the official code counts some
+          keys twice if a chunk does not divide them, and crashes if one does not divide the
+          queries); one running maximum instead of one for each chunk, merged at the end; the output
+          has q's dtype. A query that sees nothing outputs zeros and has no gradient.
+          Sec. 2 speaks of O(log n) memory, outputs not counted; with the outputs it is O(n).
 Claims    C1 exact for every length, chunk, mask and bias
           C2 at 16,384 tokens 59 times less memory for inference, 32 times for the gradient
           C3 memory grows linearly with the length
           C4 stable for scores of any size
-          C5 the ring gives the same numbers, and more devices need less memory each
+          C5 the ring gives the same numbers, and each device needs less memory as they get more
           C6 parts of the keys merge in any split and order
-          C7 causal: half the FLOPs for long sequences
-Checked   google-research/google-research @ 30adf0e, memory_efficient_attention: outputs and
-          gradients in float32; the largest error is 2.0e-6 and 8.6e-6 of the largest value, where
+          C7 with a causal mask the FLOPs approach half
+Checked   google-research/google-research @ 30adf0e, memory_efficient_attention, in float32. Largest
+          errors, relative to the largest value: 2.0e-6 (outputs) and 8.6e-6 (gradients) where
           scores differ much between chunks, elsewhere 4.8e-7 and 1.8e-6.
 Run       python memeff_attention.py
-          25 s on two CPU cores: at n = 16,384 attention needs 98 times less memory than by its
-          definition, and its gradient 113 times; below 59 and 32, which the abstract states, it
-          exits with status 1
+          25 s on two CPU cores: at n = 16,384 attention needs 98 times less memory than its
+          definition, and its gradient 113 times. Exits with status 1 if it is below what the
+          abstract states, 59 and 32.
 Axes      B batch  T queries  S keys  G heads of keys  R = H / G heads of queries for each of them
-          H heads of queries  K size of a query and a key  V size of a value
-          t queries and s keys of a tile.  Inside shard_map B, T and S are sizes per device.
+          H heads of queries  K size of a query or key  V size of a value
+          t queries and s keys of a tile.  T|1: T, or 1 for what is the same for all.
+          Inside shard_map B, T and S are sizes per device.
 """
 
 import argparse
@@ -70,23 +73,23 @@ def require(ok, message):  # same in every file
 
 # ==== Definition ==================================================================================
 
-LEAST = -1e30  # below every score, but finite: the difference of two infinities is not a number
+LEAST = -1e30  # scores below count as not seen; finite, since -inf minus -inf is NaN
 
 
 class Plan(NamedTuple):
-    """What is fixed when a call is compiled; attention explains the fields."""
+    """The static options of a call."""
 
-    scale: float
+    scale: float  # this and the next three: see attention
     causal: bool
     window: int | None
     query_offset: int
-    forward_tile: tuple[int, int]  # (t, s)
+    forward_tile: tuple[int, int]  # (t, s), see tile_shapes
     backward_tile: tuple[int, int]
-    kernel: bool  # the forward pass by the Pallas kernel
+    kernel: bool  # run the forward pass in the Pallas kernel
 
 
 class Arrays(NamedTuple):
-    """The arrays of a call, heads first. Where an axis has length 1, all share what is there."""
+    """The arrays of a call, heads first, or their gradients. Axes of length 1 broadcast."""
 
     q: jax.Array  # [B,G,R,T,K]
     k: jax.Array  # [B,G,1,S,K]
@@ -97,18 +100,31 @@ class Arrays(NamedTuple):
     kv_segments: jax.Array | None = None  # [B,1,1,1,S]
 
 
+class Softmax(NamedTuple):
+    """The state of a softmax over some of the keys: m*, s* and v* of Sec. 3."""
+
+    highest: jax.Array  # [B,G,R,T,1], the highest score
+    total: jax.Array  # [B,G,R,T,1], the sum of exp(score - highest)
+    out: jax.Array  # [B,G,R,T,V], the sum of exp(score - highest) v; after `divide` the output
+
+
+def nonzero(total):
+    """total, with 1 in place of 0: queries that see nothing are divided by 1."""
+    return jnp.where(total > 0, total, 1)
+
+
 def attention_by_definition(q, k, v, *, return_lse=False, **options):
     """The definition: softmax(scale q k^T + bias) v over the keys that a query sees (Sec. 1).
 
-    Arguments and results as of attention, without q_chunk, kv_chunk and implementation. It holds
-    the scores of all queries and keys, B H T S numbers.
+    Same arguments and results as attention, except q_chunk, kv_chunk and implementation. It stores
+    all B H T S scores.
     """
     plan, x = prepare(q, k, v, **options)
     T, S = x.q.shape[-2], x.k.shape[-2]
     k = at_least_float32(x.k)
     v = at_least_float32(x.v)
 
-    scores = plan.scale * at_least_float32(x.q) @ k.mT  # [B,G,R,T,S]
+    scores = (plan.scale * at_least_float32(x.q)) @ k.mT  # [B,G,R,T,S]
     if x.bias is not None:
         scores = scores + x.bias.astype(scores.dtype)
     rows = jnp.arange(T).reshape(1, 1, 1, T, 1)
@@ -116,23 +132,23 @@ def attention_by_definition(q, k, v, *, return_lse=False, **options):
     see = visible(plan, rows, keys, x.mask, x.q_segments, x.kv_segments)
     scores = jnp.where(see, scores, -jnp.inf)
 
-    highest = scores.max(-1, keepdims=True)
-    highest = lax.stop_gradient(jnp.maximum(highest, LEAST))  # it cancels out below
+    highest = jnp.maximum(scores.max(-1, keepdims=True), LEAST)  # finite where nothing is seen
+    highest = lax.stop_gradient(highest)  # no result depends on it
     terms = jnp.exp(scores - highest)
     total = terms.sum(-1, keepdims=True)
-    weights = terms / nonzero(total)  # a query that sees nothing gets zeros
+    weights = terms / nonzero(total)
     results = Softmax(highest, total, weights @ v)
     return heads_last(results, x.q.dtype, return_lse)
 
 
 def visible(plan: Plan, rows, keys, mask=None, q_segments=None, kv_segments=None):
-    """Whether a query sees a key. Their indices: rows [...,t,1], keys [...,1,s] -> [...,t,s]."""
-    rows = rows + plan.query_offset
+    """Whether queries see keys. Indices rows [...,t,1] and keys [...,1,s] -> bool [...,t,s]."""
+    position = rows + plan.query_offset
     see = jnp.ones(jnp.broadcast_shapes(rows.shape, keys.shape), bool)
     if plan.causal:
-        see = see & (keys <= rows)
+        see = see & (keys <= position)
     if plan.window:
-        see = see & (keys > rows - plan.window)
+        see = see & (keys > position - plan.window)
     if mask is not None:
         see = see & mask
     if q_segments is not None:
@@ -146,7 +162,7 @@ def wide(x):  # same in every file
 
 
 def at_least_float32(x):  # same in every file
-    """x in the dtype `wide`."""
+    """x cast to the dtype wide(x)."""
     return x.astype(wide(x))
 
 
@@ -154,11 +170,11 @@ def at_least_float32(x):  # same in every file
 
 
 def attention_checkpointed(q, k, v, *, q_chunk=1024, kv_chunk=4096):
-    """The algorithm as the paper prints it (Fig. 1), for batches and any length.
+    """The algorithm as the paper prints it (Fig. 1), extended to batches and to any length.
 
     Each chunk of keys gives its highest score, its sum of terms and its sum of terms times values;
-    these are kept for all chunks of keys and merged last. jax.checkpoint recomputes the scores for
-    the gradient. q [B,T,H,K], k [B,S,H,K], v [B,S,H,V] -> [B,T,H,V].
+    these are kept for all chunks of keys and merged at the end. jax.checkpoint recomputes the
+    scores for the gradient. q [B,T,H,K], k [B,S,H,K], v [B,S,H,V] -> [B,T,H,V].
     """
     B, T, H, K = q.shape
     S, V = v.shape[1], v.shape[3]
@@ -166,16 +182,18 @@ def attention_checkpointed(q, k, v, *, q_chunk=1024, kv_chunk=4096):
     s = min(kv_chunk, S)
 
     def chunks_of(x, size):
-        """x [B,n,H,K] in float32, padded with zeros and cut -> [n/size,B,size,H,K]."""
+        """x [B,n,H,K] in float32, padded with zeros and cut -> [ceil(n/size),B,size,H,K]."""
         x = jnp.pad(at_least_float32(x), ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
         x = x.reshape(B, -1, size, H, x.shape[3])
         return jnp.moveaxis(x, 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    chunks = chunks_of(k, s), chunks_of(v, s), jnp.arange(0, S, s)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing could be merged again
     def summarize_chunk(q, chunk):
-        k, v, first = chunk
+        k, v, first_key = chunk
         scores = jnp.einsum("bthk,bshk->bhts", q * K**-0.5, k)
-        is_key = first + jnp.arange(s) < S  # the rest is padding
+        is_key = first_key + jnp.arange(s) < S  # the rest is padding
         scores = jnp.where(is_key[None, None, None, :], scores, LEAST)
         highest = lax.stop_gradient(scores.max(-1, keepdims=True))  # [B,H,t,1]
         terms = jnp.exp(scores - highest)
@@ -219,27 +237,31 @@ def attention(
 ):
     """softmax(scale q k^T + bias) v over the keys that a query sees.
 
-    q [B,T,H,K], k [B,S,G,K], v [B,S,G,V] -> [B,T,H,V] in q's dtype, computed in float32 at least.
-    H is a multiple of G: neighbouring heads of q share a head of k and v. A query that sees nothing
-    gets zeros. The memory beside inputs and output is O(B H (T + S)).
+    q [B,T,H,K], k [B,S,G,K], v [B,S,G,V] -> [B,T,H,V] in q's dtype. H is a multiple of G: each
+    group of H / G consecutive heads of q shares a head of k and v. Without a key to see: zeros.
+    Beyond inputs and output it needs O(B H (T + S) (K + V)) memory, and one tile of scores.
 
-    bias, mask      float and bool (True: attend), up to four axes that broadcast to [B,H,T,S]
-    causal          query i sees the keys 0 ... i + query_offset; with window=w the last w of them
-    q_segments      int [B,T], with kv_segments int [B,S]: a query sees the keys of its own segment
+    bias, mask      float and bool (True: attend), of shapes that broadcast to [B,H,T,S]
+    causal          query i sees the keys 0 ... i
+    query_offset    with causal: query i sees the keys 0 ... i + query_offset
+    window          with causal: only the last `window` of these keys
+    q_segments      int [B,T], and kv_segments int [B,S]: queries see the keys of their own segment
     scale           1 / sqrt(K) by default
-    q_chunk         queries of a tile, t; kv_chunk is s. See tile_shapes for the defaults. Smaller
-                    ones need less memory
-    implementation  "xla", or "pallas": the forward pass as one kernel, which takes no bias, mask or
-                    segments, and gives the same gradients
-    return_lse      also log(sum(exp(scores))) in nats, [B,H,T]; -inf for a query that sees nothing
+    q_chunk         the tile has q_chunk x kv_chunk scores; the defaults are in tile_shapes. Smaller
+                    tiles need less memory
+    implementation  "xla", which computes in float32 at least; or "pallas", which runs the forward
+                    pass in one kernel, without bias, mask, segments and sharding, and multiplies
+                    bfloat16 weights by bfloat16 values
+    return_lse      also log(sum(exp(scores))), [B,H,T]; -inf for a query that sees nothing
 
-    All but the arrays is fixed when a call is compiled; call it under jit. A score below -1e30
-    counts as not seen. On a GPU float32 is multiplied as TF32 unless JAX is told otherwise. Arrays
-    that a mesh with Auto axes cuts are gathered on each device: to keep them cut use jax.shard_map,
-    with the batch or the heads cut, or ring_attention. In float64 on a CPU prefer the axis B to
-    jax.vmap: XLA then errs in lse (JAX 0.10.2, 0.12.0.1).
+    Call it under jit; everything but the arrays must be static. A score below -1e30 counts as not
+    seen. On a GPU float32 is multiplied as TF32 unless JAX is told otherwise. Under jit, arrays
+    that are sharded over Auto axes of a mesh are gathered onto every device; to avoid that, call it
+    inside jax.shard_map, with sharded batch or heads, or use ring_attention. In float64 on a CPU do
+    not jax.vmap it but use axis B: under vmap XLA computes a wrong lse (JAX 0.10.2, 0.12.0.1).
 
-    Raises ValueError for what does not go together, NotImplementedError for what "pallas" lacks.
+    Raises ValueError for arguments that do not go together, NotImplementedError for what "pallas"
+    does not support.
     """
     plan, x = prepare(
         q,
@@ -267,16 +289,16 @@ def attention(
 
 
 def merge(first, second):
-    """Attention over two sets of keys, from the attention over each (Sec. 2).
+    """Attention over two disjoint sets of keys, from the attention over each (Sec. 2).
 
     Two pairs (out [B,T,H,V], lse [B,H,T]), as return_lse gives them -> such a pair.
     """
-    lse = jnp.logaddexp(first[1], second[1])
-    out = 0
-    for part, part_lse in (first, second):
-        share = jnp.exp(part_lse - jnp.where(lse > -jnp.inf, lse, 0))  # [B,H,T]
-        out = out + at_least_float32(part) * share.mT[..., None]
-    return out.astype(first[0].dtype), lse
+    lses = [jnp.maximum(lse, LEAST) for _, lse in (first, second)]  # finite, for the gradient
+    lse = jnp.logaddexp(*lses)
+    shares = [jnp.exp(part - lse).swapaxes(1, 2)[..., None] for part in lses]  # 2 x [B,T,H,1]
+    out = at_least_float32(first[0]) * shares[0] + at_least_float32(second[0]) * shares[1]
+    nothing = (first[1] == -jnp.inf) & (second[1] == -jnp.inf)
+    return out.astype(first[0].dtype), jnp.where(nothing, -jnp.inf, lse)
 
 
 def prepare(
@@ -295,17 +317,16 @@ def prepare(
     q_chunk=None,
     kv_chunk=None,
 ):
-    """The arguments of attention, checked, as a Plan and Arrays."""
+    """Checks the arguments of attention, and returns them as a Plan and Arrays."""
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_qkv(q, k, v)
-    check_integers(
-        causal, {"window": window, "q_chunk": q_chunk, "kv_chunk": kv_chunk}, query_offset
-    )
+    check_options(causal, window, query_offset, q_chunk, kv_chunk)
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
     groups = (G, H // G)
     require(
-        (q_segments is None) == (kv_segments is None), "q_segments and kv_segments need each other"
+        (q_segments is None) == (kv_segments is None),
+        "q_segments and kv_segments must be given together",
     )
     x = Arrays(
         q.swapaxes(1, 2).reshape(B, *groups, T, K),
@@ -323,13 +344,13 @@ def prepare(
         )
     if scale is None:
         scale = K**-0.5
-    plan = Plan(float(scale), causal, window, query_offset, (), (), kernel=False)
-    forward_tile, backward_tile = tile_shapes(plan, x, q_chunk, kv_chunk)
-    return plan._replace(forward_tile=forward_tile, backward_tile=backward_tile), same_axes(x)
+    tiles = tile_shapes(x, causal, window, q_chunk, kv_chunk)
+    plan = Plan(float(scale), causal, window, query_offset, *tiles, kernel=False)
+    return plan, same_axes(x)  # inside shard_map all vary over the same axes, the bias too
 
 
 def check_qkv(q, k, v):
-    """ValueError unless q [B,T,H,K], k [B,S,G,K] and v [B,S,G,V] go together."""
+    """Raises ValueError unless q [B,T,H,K], k [B,S,G,K] and v [B,S,G,V] go together."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     require(q.ndim == k.ndim == v.ndim == 4, f"{shapes} are not all [batch,length,heads,size]")
     require(
@@ -342,7 +363,7 @@ def check_qkv(q, k, v):
     require(H % G == 0, f"{H} heads of q are not a multiple of {G} heads of k and v")
     require(
         q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating),
-        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, not all of one floating type",
+        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, not all of the same floating type",
     )
     for name, x in (("q", q), ("k", k), ("v", v)):
         mesh = jax.typeof(x).sharding.mesh
@@ -353,9 +374,9 @@ def check_qkv(q, k, v):
         )
 
 
-def check_integers(causal, positive, query_offset):
-    """ValueError for a number that is not whole or out of range: sums of two must fit in int32."""
-    for name, n in positive.items():
+def check_options(causal, window, query_offset, q_chunk, kv_chunk):
+    """Raises ValueError for a number that is not whole, or so large that int32 may overflow."""
+    for name, n in (("window", window), ("q_chunk", q_chunk), ("kv_chunk", kv_chunk)):
         require(
             n is None or (isinstance(n, int | np.integer) and 1 <= n <= 2**30),
             f"{name}={n} is not a whole number from 1 to {2**30}",
@@ -364,26 +385,28 @@ def check_integers(causal, positive, query_offset):
         isinstance(query_offset, int | np.integer) and abs(query_offset) <= 2**30,
         f"query_offset={query_offset} is not a whole number from {-(2**30)} to {2**30}",
     )
-    require(causal or positive["window"] is None, f"window={positive['window']} needs causal=True")
+    require(causal or window is None, f"window={window} needs causal=True")
 
 
 def broadcastable(name, x, kind, full):
-    """x with as many axes as `full` has. ValueError unless its shape broadcasts to that."""
+    """x with as many axes as the shape `full`, leading ones of length 1.
+
+    Raises ValueError unless x has this kind of dtype and a shape that broadcasts to `full`.
+    """
     if x is None:
         return None
-    shape = np.shape(x)
-    dtype = jnp.result_type(x)
+    x = jnp.asarray(x)
     require(
-        len(shape) <= len(full)
-        and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1]))
-        and jnp.issubdtype(dtype, kind),
-        f"{name} is {dtype} {shape}, not {kind.__name__} that broadcasts to {full}",
+        x.ndim <= len(full)
+        and all(n in (1, m) for n, m in zip(x.shape[::-1], full[::-1]))
+        and jnp.issubdtype(x.dtype, kind),
+        f"{name} is {x.dtype} {x.shape}, not {kind.__name__} that broadcasts to {full}",
     )
-    return jnp.asarray(x).reshape((1,) * (len(full) - len(shape)) + shape)
+    return x.reshape((1,) * (len(full) - x.ndim) + x.shape)
 
 
 def split_heads(x, groups):
-    """x [B|1,H|1,...] -> [B|1,G|1,R|1,...]."""
+    """Splits the axis of heads. x [B|1,H|1,...] -> [B|1,G|1,R|1,...]."""
     if x is None:
         return None
     if x.shape[1] == 1:
@@ -404,81 +427,93 @@ def heads_last(results, dtype, return_lse):
 
 # ==== The running softmax over tiles ==============================================================
 
-FEW = 2**16  # scores of a head: with fewer, a CPU is faster if it works on all heads at once too
+# tile_table lists the tiles in which some query sees some key, scan_tiles folds a function over
+# them, and a Tile cuts its part out of an array.
+
+FEW = 2**16  # with fewer scores for each head, a CPU too is faster with all heads in one tile
+MOST = 2**17  # queries, or keys, of a tile, times the heads in it
 
 
-def tile_shapes(plan: Plan, x: Arrays, q_chunk=None, kv_chunk=None):
-    """Queries and keys of a tile, (t, s), in the forward and in the backward pass.
+def tile_shapes(x: Arrays, causal, window, q_chunk=None, kv_chunk=None):
+    """(t, s), the queries and keys of a tile, in the forward and in the backward pass.
 
-    q_chunk and kv_chunk if they are given. Otherwise what was fastest on two CPU cores, 2,048 x 512
-    and 512 x 2,048, with a causal mask 512 x 512; about the window, if that is smaller, since what
-    it hides is computed in vain; less where many heads are worked on at once; and evened out, so
-    that 2,049 queries are two tiles of 1,088.
+    q_chunk and kv_chunk where they are given, else
+    - what is fastest on two CPU cores: 2,048 x 512 forward and 512 x 2,048 backward, and 512 x 512
+      with a causal mask;
+    - at most about the window, since what it hides is computed in vain;
+    - fewer if a tile has many heads;
+    - in tiles of about equal size: 2,049 queries are two tiles of 1,088, not 2,048 and 1.
     """
-    long = 512 if plan.causal else 2048
-    limit = min(plan.window or 2**17, 2**17 // math.prod(heads_at_once(x)))
+    longer = 512 if causal else 2048
+    limit = MOST // math.prod(heads_at_once(x))
+    limit = max(limit, 64)
+    if window:
+        limit = min(limit, max(window, 128))
 
-    def size(length, given, most):
+    def size(length, given, longest):
         if given:
             return min(given, length)
-        most = min(most, max(limit, 128 if plan.window else 64))
-        tiles = -(-length // most)
-        return min(64 * -(-length // (64 * tiles)), length)
+        tiles = pl.cdiv(length, min(longest, limit))
+        return min(64 * pl.cdiv(length, 64 * tiles), length)
 
     T = x.q.shape[-2]
     S = x.k.shape[-2]
-    forward_tile = size(T, q_chunk, long), size(S, kv_chunk, 512)
-    backward_tile = size(T, q_chunk, 512), size(S, kv_chunk, long)
+    forward_tile = size(T, q_chunk, longer), size(S, kv_chunk, 512)
+    backward_tile = size(T, q_chunk, 512), size(S, kv_chunk, longer)
     return forward_tile, backward_tile
 
 
 def heads_at_once(x: Arrays):
-    """The block of heads in a tile: one head on a CPU, up to 1.8 times as fast; elsewhere all."""
+    """How many heads, as a part of (B, G, R), a tile has: on a CPU one, up to 1.8 times as fast.
+
+    With few scores, and elsewhere, all.
+    """
     few = x.q.shape[-2] * x.k.shape[-2] < FEW
     if few or jax.default_backend() != "cpu":
-        return x.q.shape[:3]  # (B, G, R)
+        return x.q.shape[:3]
     return 1, 1, 1
 
 
 def tile_table(plan: Plan, T, S, t, s, masked):
-    """The tiles of T x S in which some query sees some key, and no others.
+    """The tiles of T x S in which some query sees some key, as far as causal and window tell.
 
-    Two int arrays [n,4]: tiles in which all queries see all keys, and those that need a mask. The
-    columns: first query, first key, and the first of each that count. The last tile of a row or
-    column is moved back to fit, and what it shares with its neighbour does not count.
+    Two int arrays [n,4]: the tiles in which every query sees every key, and those that need a mask
+    (with masked=True all). The columns are row and key, where a tile starts, and first_row and
+    first_key, where its own part starts. They differ for a last tile that is moved back to fit:
+    what it shares with the tile before is hidden there.
     """
-    i, j = (index.ravel() for index in np.indices((-(-T // t), -(-S // s))))
-    first_row = i * t
-    first_key = j * s
+    i, j = np.meshgrid(np.arange(pl.cdiv(T, t)), np.arange(pl.cdiv(S, s)), indexing="ij")
+    first_row = i.ravel() * t
+    first_key = j.ravel() * s
     row = np.minimum(first_row, T - t)
     key = np.minimum(first_key, S - s)
-    low = first_row + plan.query_offset  # the first query that counts, and the last
-    high = row + t - 1 + plan.query_offset
     last_key = key + s - 1
+    low = first_row + plan.query_offset  # position of the first query that counts
+    high = row + t - 1 + plan.query_offset  # and of the last
 
-    some = np.full(len(i), True)
-    every = (row == first_row) & (key == first_key) & (not masked)
+    any_seen = np.full(len(row), True)
+    all_seen = (row == first_row) & (key == first_key) & (not masked)
     if plan.causal:
-        some &= first_key <= high
-        every &= last_key <= low
+        any_seen &= first_key <= high
+        all_seen &= last_key <= low
     if plan.window:
-        some &= last_key > low - plan.window
-        every &= key > high - plan.window
+        any_seen &= last_key > low - plan.window
+        all_seen &= key > high - plan.window
     table = np.stack([row, key, first_row, first_key], axis=1).astype(np.int32)
-    return table[some & every], table[some & ~every]
+    return table[any_seen & all_seen], table[any_seen & ~all_seen]
 
 
 class Tile(NamedTuple):
-    """Where a tile is, and its parts of an array."""
+    """The place of a tile. Its methods cut its part out of an array, where axes may broadcast."""
 
-    block: tuple[int, int, int]  # heads in it
+    block: tuple[int, int, int]  # how many heads it has, on the axes B, G and R
     t: int
     s: int
-    masked: bool
-    head: jax.Array  # its first head, int [3]
+    masked: bool  # whether some of its scores are hidden
+    head: tuple  # where it starts on the axes B, G and R
     row: jax.Array  # its first query
     key: jax.Array  # its first key
-    first_row: jax.Array  # queries and keys before these belong to the tile before
+    first_row: jax.Array  # the first query, and key, that no other tile has: see tile_table
     first_key: jax.Array
 
     def queries(self, x):
@@ -489,31 +524,31 @@ class Tile(NamedTuple):
         """x [B|1,G|1,R|1,S|1,n] -> [...,s,n]."""
         return part_of(x, (*self.head, self.key, 0), (*self.block, self.s, x.shape[-1]))
 
-    def square(self, x):
-        """x [B|1,G|1,R|1,T|1,S|1] -> [...,t,s]."""
+    def rectangle(self, x):
+        """x [B|1,G|1,R|1,T|1,S|1] -> [...,t|1,s|1]."""
         return part_of(x, (*self.head, self.row, self.key), (*self.block, self.t, self.s))
 
 
 def part_of(x, start, shape):
-    """The part of x [B|1,G|1,R|1,.,.] that begins at start; an axis of length 1 is taken as it is.
+    """The part of x [B|1,G|1,R|1,n,m] that begins at start; an axis of length 1 is kept.
 
-    One head is [.,.]: with three axes of length 1 before them the gradient takes 1.2 times as long.
+    Of a single head the three leading axes are dropped: the gradient is then 1.2 times as fast.
     """
     lengths = [min(n, most) for n, most in zip(shape, x.shape)]
-    part = lax.dynamic_slice(x, int32(start), lengths)  # moves the start back where x has length 1
+    part = lax.dynamic_slice(x, int32(start), lengths)  # clamps start to 0 on axes of length 1
     if shape[:3] == (1, 1, 1):
         part = part.reshape(part.shape[3:])
     return part
 
 
 def replace_at(x, part, start):
-    """x [B,G,R,.,.] with a part replaced, the inverse of part_of."""
+    """x [B,G,R,n,m] with the part that begins at start replaced."""
     part = jnp.expand_dims(part, range(x.ndim - part.ndim))
     return lax.dynamic_update_slice(x, part, int32(start))
 
 
 def add_at(x, part, start):
-    """x [B|1,G|1,R|1,.,.] with a part added, which is first summed over the axes that x shares."""
+    """x [B|1,G|1,R|1,n,m] with a part added at start, summed over the axes that x broadcasts."""
     part = jnp.expand_dims(part, range(x.ndim - part.ndim))
     shared = [axis for axis, n in enumerate(x.shape) if n == 1]
     part = part.sum(shared, keepdims=True)
@@ -522,38 +557,39 @@ def add_at(x, part, start):
 
 
 def int32(numbers):
-    """Indices of one type, as dynamic_slice wants them: a plain 0 is int64 in 64-bit mode."""
+    """Indices of one dtype, which dynamic_slice needs: a plain 0 is int64 in 64-bit mode."""
     return [jnp.asarray(n, jnp.int32) for n in numbers]
 
 
 def scan_tiles(plan: Plan, t, s, add_tile, carry, x: Arrays):
-    """carry after add_tile(carry, tile) for each tile in which some query sees some key."""
-    masked = x.mask is not None or x.q_segments is not None
-    every, some = tile_table(plan, x.q.shape[-2], x.k.shape[-2], t, s, masked)
+    """Folds add_tile(carry, tile) -> carry over all tiles, head by head; returns the last carry."""
     block = heads_at_once(x)
     counts = [n // size for n, size in zip(x.q.shape[:3], block)]
-    heads = np.indices(counts).reshape(3, -1).T.astype(np.int32)  # [heads,3]
+    heads = np.indices(counts).reshape(3, -1).T.astype(np.int32)  # [number of blocks,3]
 
     def scan_table(carry, table, masked):
-        def scan_head(carry, head):
-            def step(carry, place):
-                return add_tile(carry, Tile(block, t, s, masked, tuple(head), *place)), None
+        def one_head(carry, head):
+            def one_tile(carry, place):
+                tile = Tile(block, t, s, masked, tuple(head), *place)
+                return add_tile(carry, tile), None
 
-            return lax.scan(step, carry, table)
+            return lax.scan(one_tile, carry, table)
 
-        carry, _ = lax.scan(scan_head, carry, heads)
+        carry, _ = lax.scan(one_head, carry, heads)
         return carry
 
-    carry, _ = same_axes((carry, x.q))
-    if len(every):
-        carry = scan_table(carry, every, masked=False)
-    if len(some):
-        carry = scan_table(carry, some, masked=True)
+    carry, _ = same_axes((carry, x.q))  # inside shard_map a carry must vary as the data do
+    has_mask = x.mask is not None or x.q_segments is not None
+    all_seen, some_hidden = tile_table(plan, x.q.shape[-2], x.k.shape[-2], t, s, has_mask)
+    if len(all_seen):
+        carry = scan_table(carry, all_seen, masked=False)
+    if len(some_hidden):
+        carry = scan_table(carry, some_hidden, masked=True)
     return carry
 
 
 def same_axes(tree):  # same in every file
-    """Inside shard_map: arrays made to vary over every mesh axis that any of them varies over."""
+    """Inside shard_map: marks all arrays as varying over each mesh axis that any varies over."""
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
 
     def vary(x):
@@ -564,21 +600,22 @@ def same_axes(tree):  # same in every file
 
 
 def tile_scores(plan: Plan, x: Arrays, tile: Tile, flipped=False):
-    """scale q k^T + bias, and -inf where a query does not see a key. -> [...,t,s].
+    """The scores of a tile, scale q k^T + bias, and -inf for hidden keys: [...,t,s].
 
-    flipped: the same numbers as [...,s,t]. The product is the same one, so they agree to the bit.
+    flipped: the same matrix product, transposed to [...,s,t], so that every bit is the same.
     """
     q = at_least_float32(tile.queries(x.q))
     k = at_least_float32(tile.keys(x.k))
     scores = (plan.scale * q) @ k.mT
     bias = None
     if x.bias is not None:
-        bias = tile.square(x.bias).astype(scores.dtype)
+        bias = tile.rectangle(x.bias).astype(scores.dtype)
     see = tile_mask(plan, x, tile)
     if flipped:
         if min(tile.t, tile.s) < 64:
-            # Else XLA on a CPU turns it into k q^T, which in narrow tiles is rounded otherwise.
+            # Else XLA on a CPU computes k q^T instead, which rounds differently in narrow tiles.
             scores = lax.optimization_barrier(scores)
+        # bias and see may be None, which tree.map skips.
         scores, bias, see = jax.tree.map(jnp.matrix_transpose, (scores, bias, see))
 
     if bias is not None:
@@ -589,7 +626,7 @@ def tile_scores(plan: Plan, x: Arrays, tile: Tile, flipped=False):
 
 
 def tile_mask(plan: Plan, x: Arrays, tile: Tile):
-    """Whether a query sees a key, bool [...,t,s]; None if all see all."""
+    """Whether a query sees a key, bool [...,t,s]; None if every query sees every key."""
     if not tile.masked:
         return None
     shape = (tile.t, tile.s)
@@ -599,24 +636,16 @@ def tile_mask(plan: Plan, x: Arrays, tile: Tile):
     keys = tile.key + lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     mask, q_segments, kv_segments = None, None, None
     if x.mask is not None:
-        mask = tile.square(x.mask)
+        mask = tile.rectangle(x.mask)
     if x.q_segments is not None:
         q_segments = tile.queries(x.q_segments)
-        kv_segments = tile.square(x.kv_segments)
+        kv_segments = tile.rectangle(x.kv_segments)  # [...,1,s]
     see = visible(plan, rows, keys, mask, q_segments, kv_segments)
     return see & (rows >= tile.first_row) & (keys >= tile.first_key)
 
 
-class Softmax(NamedTuple):
-    """A softmax on its way along the keys: m*, s* and v* of Sec. 3."""
-
-    highest: jax.Array  # [B,G,R,T,1], score seen so far
-    total: jax.Array  # [B,G,R,T,1], sum of exp(score - highest)
-    out: jax.Array  # [B,G,R,T,V], sum of exp(score - highest) times the value
-
-
 def softmax_of_nothing(x: Arrays) -> Softmax:
-    """Before any key was seen."""
+    """The state before any key has been seen."""
     shape = x.q.shape[:-1]
     dtype = wide(x.q)
     return Softmax(
@@ -626,16 +655,21 @@ def softmax_of_nothing(x: Arrays) -> Softmax:
     )
 
 
-def running_softmax(plan: Plan, carry: Softmax, x: Arrays) -> Softmax:
-    """Eq. 1 in the stable form of Sec. 3: shows the keys of x to its queries, tile by tile."""
+def running_softmax(plan: Plan, softmax: Softmax, x: Arrays) -> Softmax:
+    """Adds the keys of x to the state of the softmax of its queries, tile by tile.
 
-    def add_tile(carry, tile):
+    Eq. 1 in the stable form of Sec. 3. For a key with score s_i and value v_i that is
+
+        m = max(m*, s_i)
+        s* <- s* exp(m* - m) + exp(s_i - m),  v* <- v* exp(m* - m) + v_i exp(s_i - m),  m* <- m
+    """
+
+    def add_tile(softmax, tile):
         scores = tile_scores(plan, x, tile)  # [...,t,s]
         v = at_least_float32(tile.keys(x.v))
-        old = Softmax(*(tile.queries(part) for part in carry))
+        old = Softmax(*(tile.queries(part) for part in softmax))
 
         highest = jnp.maximum(old.highest, scores.max(-1, keepdims=True))
-        highest = lax.stop_gradient(highest)
         terms = jnp.exp(scores - highest)
         shrink = jnp.exp(old.highest - highest)  # the sums so far were relative to the old maximum
         total = old.total * shrink + terms.sum(-1, keepdims=True)
@@ -643,23 +677,18 @@ def running_softmax(plan: Plan, carry: Softmax, x: Arrays) -> Softmax:
 
         start = (*tile.head, tile.row, 0)
         new = Softmax(highest, total, out)
-        return jax.tree.map(lambda x, part: replace_at(x, part, start), carry, new)
+        return jax.tree.map(lambda whole, part: replace_at(whole, part, start), softmax, new)
 
     t, s = plan.forward_tile
-    return scan_tiles(plan, t, s, add_tile, carry, x)
+    return scan_tiles(plan, t, s, add_tile, softmax, x)
 
 
-def divide(carry: Softmax) -> Softmax:
+def divide(softmax: Softmax) -> Softmax:
     """v* / s*, the last step of Eq. 1; zeros for a query that sees nothing."""
-    return carry._replace(out=carry.out / nonzero(carry.total))
+    return softmax._replace(out=softmax.out / nonzero(softmax.total))
 
 
-def nonzero(total):
-    """total, and 1 where it is 0."""
-    return jnp.where(total > 0, total, 1)
-
-
-# ==== Its gradient ================================================================================
+# ==== The gradient of attention ===================================================================
 
 
 class Rows(NamedTuple):
@@ -672,24 +701,26 @@ class Rows(NamedTuple):
 
 
 def rows_of(results: Softmax, cotangents: Softmax) -> Rows:
-    """The Rows of what attend returned and of its cotangents; highest cancels out, and has none."""
-    dout = lax.optimization_barrier(cotangents.out)  # see accumulate_gradients
+    """The Rows of what attend returned, and of its cotangents.
+
+    That of highest is ignored: no result depends on the maximum.
+    """
     total = nonzero(results.total)
-    mean = (results.out * dout).sum(-1, keepdims=True)
-    return Rows(results.highest, total, dout, mean / total - cotangents.total)
+    delta = (results.out * cotangents.out).sum(-1, keepdims=True) / total - cotangents.total
+    return Rows(results.highest, total, cotangents.out, delta)
 
 
 def accumulate_gradients(plan: Plan, grads: Arrays, x: Arrays, rows: Rows) -> Arrays:
-    """grads plus the gradients of q, k, v and bias, from one tile of recomputed scores at a time.
+    """Adds the gradients of q, k, v and bias to grads, recomputing one tile of scores at a time.
 
     With out = sum_j terms_j v_j / total and total = sum_j terms_j, the gradient of score j is
 
         terms_j (v_j.dout / total - delta),  delta = out.dout / total - (gradient of total).
 
-    The scores are those of the forward pass, to the bit, and their terms come from its maximum and
+    The scores are those of running_softmax, to the bit, and their terms come from its maximum and
     sum. From a rounded log-sum-exp instead, errors were 4 to 20 times as large for 8 keys.
     """
-    # XLA on a CPU errs in (x @ ones).sum() if it sees that the ones are constant: hide it.
+    # If XLA on a CPU sees that q is constant, dk is wrong (JAX 0.10.2, 0.12.0.1): hide it.
     x = x._replace(q=lax.optimization_barrier(x.q))
 
     def add_tile(grads, tile):
@@ -698,7 +729,8 @@ def accumulate_gradients(plan: Plan, grads: Arrays, x: Arrays, rows: Rows) -> Ar
         v = at_least_float32(tile.keys(x.v))  # [...,s,V]
         dout = tile.queries(rows.dout) / tile.queries(rows.total)  # [...,t,V]
 
-        # Keys by queries: a CPU multiplies fastest where the last axis of the left side is summed.
+        # Keys by queries, since the products for dk and dv sum over the queries: a CPU multiplies
+        # fastest if the axis that is summed is the left operand's last.
         scores = tile_scores(plan, x, tile, flipped=True)  # [...,s,t]
         terms = jnp.exp(scores - tile.queries(rows.highest).mT)
         dscores = terms * (v @ dout.mT - tile.queries(rows.delta).mT)
@@ -706,14 +738,14 @@ def accumulate_gradients(plan: Plan, grads: Arrays, x: Arrays, rows: Rows) -> Ar
         dq = plan.scale * (k.mT @ dscores)  # [...,K,t]
         dk = plan.scale * (dscores @ q)
         dv = terms @ dout
-        keys = (*tile.head, tile.key, 0)
+        key_start = (*tile.head, tile.key, 0)
         dbias = None
         if x.bias is not None:
             dbias = add_at(grads.bias, dscores.mT, (*tile.head, tile.row, tile.key))
         return Arrays(
             add_at(grads.q, dq, (*tile.head, 0, tile.row)),
-            add_at(grads.k, dk, keys),
-            add_at(grads.v, dv, keys),
+            add_at(grads.k, dk, key_start),
+            add_at(grads.v, dv, key_start),
             dbias,
         )
 
@@ -728,9 +760,14 @@ def no_gradients(x: Arrays) -> Arrays:
     return jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), Arrays(x.q, x.k, x.v, x.bias))
 
 
+def in_dtypes_of(x: Arrays, grads: Arrays) -> Arrays:
+    """The gradients in the dtypes of q, k, v and bias; the other arrays have none."""
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, Arrays(x.q, x.k, x.v, x.bias))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(plan: Plan, x: Arrays) -> Softmax:
-    """The softmax over all keys, divided. Its gradient holds one tile of scores at a time."""
+    """The softmax over all keys, divided. The gradient holds one tile of scores at a time."""
     if plan.kernel:
         return flash(plan, x)
     return divide(running_softmax(plan, softmax_of_nothing(x), x))
@@ -747,19 +784,14 @@ def attend_backward(plan: Plan, saved, cotangents: Softmax):
     return (in_dtypes_of(x, grads),)
 
 
-def in_dtypes_of(x: Arrays, grads: Arrays) -> Arrays:
-    """The gradients in the dtypes of what they are gradients of; the other arrays have none."""
-    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, Arrays(x.q, x.k, x.v, x.bias))
-
-
 attend.defvjp(attend_forward, attend_backward)
 
 
-# ==== Ring attention: the sequence cut over devices ===============================================
+# ==== Ring attention: the sequence sharded over devices ===========================================
 
 
 class Ring(NamedTuple):
-    """What is fixed when a call is compiled."""
+    """The static options of a call of ring_attention."""
 
     plan: Plan
     axis: str  # of the mesh
@@ -768,17 +800,18 @@ class Ring(NamedTuple):
 def ring_attention(
     q, k, v, axis_name, *, causal=False, scale=None, q_chunk=None, kv_chunk=None, return_lse=False
 ):
-    """attention, inside shard_map, over a sequence that is cut over the mesh axis axis_name.
+    """Inside shard_map: attention over a sequence that is sharded over the mesh axis axis_name.
 
-    q [B,T,H,K], k [B,S,G,K] and v [B,S,G,V] of this device -> its [B,T,H,V]. Keys and values go
-    once round the ring of n devices, while each works on the block that it has; so no device
-    holds more than two blocks. Forward 2n ppermutes; backward 4n, since the gradients of the
-    keys travel with them.
+    The blocks of this device, q [B,T,H,K], k [B,S,G,K] and v [B,S,G,V] -> [B,T,H,V]. Keys and
+    values go once round the ring of n devices, while each device works on the block that it holds:
+    at any time two blocks of keys and values, one of which is on its way. The forward pass has 2n
+    ppermutes, the backward pass 4n, since the gradients of keys and values travel with them. The
+    last of n moves brings all back to their owners.
 
-    The devices hold the sequence in order. With a causal mask device 0 then works at one of n steps
-    and the last one at all of them; examples/long_context.py has an order that halves the time.
+    The devices hold the sequence in its order. With a causal mask device 0 is then busy in one of n
+    steps, the last device in all; the zigzag order of examples/long_context.py halves the time.
 
-    Raises ValueError as attention does, and where a causal mask meets T other than S.
+    Raises ValueError as attention does, and for a causal mask if T and S differ.
     """
     plan, x = prepare(q, k, v, causal=causal, scale=scale, q_chunk=q_chunk, kv_chunk=kv_chunk)
     T = q.shape[1]
@@ -789,14 +822,18 @@ def ring_attention(
 
 
 def send(axis, tree):
-    """Each device's arrays to the next device; returns those of the device before."""
+    """Sends arrays to the next device of the ring, and returns those of the device before."""
     n = lax.axis_size(axis)
-    ring = [(i, (i + 1) % n) for i in range(n)]
-    return lax.ppermute(tree, axis, ring)  # one block moves one device on
+    pairs = [(i, (i + 1) % n) for i in range(n)]
+    return lax.ppermute(tree, axis, pairs)  # each array moves one device on
 
 
 def visit(fixed: Ring, distance, add, carry):
-    """add(plan, carry) for the block of keys from `distance` devices back, as far as it is seen."""
+    """carry after add(plan, carry) for the block of keys of the device `distance` before this one.
+
+    With a causal mask only the own block has the mask; of an earlier device all keys are seen, of a
+    later one, which is before this one round the end of the ring, none.
+    """
     all_keys = fixed.plan._replace(causal=False)
     if not fixed.plan.causal:
         return add(all_keys, carry)
@@ -817,7 +854,7 @@ def visit(fixed: Ring, distance, add, carry):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def ring(fixed: Ring, x: Arrays) -> Softmax:
-    """attend over the keys of all devices: the running softmax goes on from block to block."""
+    """attend over the keys of all devices: the running softmax is carried from block to block."""
 
     def step(carry, distance):
         softmax, k, v = carry
@@ -826,7 +863,8 @@ def ring(fixed: Ring, x: Arrays) -> Softmax:
         def add(plan, softmax):
             return running_softmax(plan, softmax, x._replace(k=k, v=v))
 
-        return (visit(fixed, distance, add, softmax), *following), None
+        softmax = visit(fixed, distance, add, softmax)
+        return (softmax, *following), None
 
     softmax, _ = same_axes((softmax_of_nothing(x), x.q))
     n = lax.axis_size(fixed.axis)
@@ -840,7 +878,7 @@ def ring_forward(fixed: Ring, x: Arrays):
 
 
 def ring_backward(fixed: Ring, saved, cotangents: Softmax):
-    """The gradients of keys and values travel with them, and come home with the last of n moves."""
+    """The gradients of keys and values travel with them."""
     x, results = saved
     rows = rows_of(results, cotangents)
 
@@ -866,22 +904,26 @@ ring.defvjp(ring_forward, ring_backward)
 
 # ==== Kernel: the forward pass, with tiles that never leave the chip ==============================
 
-TILE = 64  # queries, and keys, of the kernel's tiles
+TILE = 64  # queries and keys of the kernel's tiles
 
 
 def check_kernel(x: Arrays):
-    """NotImplementedError for what the kernel lacks."""
-    lacks = [name for name, array in zip(x._fields[3:], x[3:]) if array is not None]
+    """Raises NotImplementedError for what the kernel does not support."""
+    given = [name for name, array in zip(x._fields[3:], x[3:]) if array is not None]
     if jax.config.jax_enable_x64:
-        lacks.append("x64")
-    if lacks:
-        raise NotImplementedError(f"implementation='pallas' takes no {', '.join(lacks)}: use 'xla'")
+        given.append("x64")
+    if jax.typeof(x.q).mat.varying:
+        given.append("shard_map with check_vma=True")
+    if given:
+        raise NotImplementedError(
+            f"implementation='pallas' does not support {', '.join(given)}: use 'xla'"
+        )
 
 
 def flash(plan: Plan, x: Arrays) -> Softmax:
-    """divide(running_softmax(...)) as one kernel. Compiled for GPU and TPU, and run by neither yet.
+    """divide(running_softmax(...)) as one kernel; compiled for GPU and TPU, but run on neither yet.
 
-    Each program has TILE queries of one head and runs along the keys, as running_softmax does.
+    Each program has TILE queries of one head and runs along all its keys, as running_softmax does.
     """
     B, G, R, T, _ = x.q.shape
     S, V = x.v.shape[-2:]
@@ -889,6 +931,7 @@ def flash(plan: Plan, x: Arrays) -> Softmax:
     k = pad_tiles(x.k[:, :, 0])
     v = pad_tiles(x.v[:, :, 0])
 
+    # What program (b, h, i) gets: tile i of the queries of head h, and all keys of its head, h / R.
     def queries(size):
         return pl.BlockSpec((None, None, TILE, size), lambda b, h, i: (b, h, i, 0))
 
@@ -896,7 +939,7 @@ def flash(plan: Plan, x: Arrays) -> Softmax:
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, lax.div(h, R), 0, 0))
 
     sizes = (1, 1, v.shape[-1])  # of highest, total and out
-    call = functools.partial(
+    make_call = functools.partial(
         pl.pallas_call,
         functools.partial(flash_kernel, plan=plan, S=S),
         grid=(B, G * R, q.shape[2] // TILE),
@@ -904,27 +947,29 @@ def flash(plan: Plan, x: Arrays) -> Softmax:
         out_specs=[queries(size) for size in sizes],
         out_shape=[jax.ShapeDtypeStruct((*q.shape[:3], size), jnp.float32) for size in sizes],
     )
-    triton = call(compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2))
-    # Chosen when it is lowered, so that what is exported for a GPU is not the interpreter.
-    results = lax.platform_dependent(q, k, v, cpu=call(interpret=True), cuda=triton, default=call())
+    triton = make_call(compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2))
+    # The platform is chosen at lowering, so that a CPU can export the kernel for a GPU.
+    results = lax.platform_dependent(
+        q, k, v, cpu=make_call(interpret=True), cuda=triton, default=make_call()
+    )
     highest, total, out = (a[:, :, :T].reshape(B, G, R, T, -1) for a in results)
     return Softmax(highest, total, out[..., :V])
 
 
 def pad_tiles(x):
-    """x [B,H,n,K] with zeros up to whole tiles, and K up to a power of two, as Triton asks."""
+    """x [B,H,n,K] with zeros up to whole tiles, and K up to a power of two, as Triton requires."""
     size = max(16, pl.next_power_of_2(x.shape[3]))
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % TILE), (0, size - x.shape[3])))
 
 
 def seen_tiles(plan: Plan, row, tiles):
-    """The range of tiles of keys that the queries row ... row + TILE - 1 see."""
+    """The range, first and end, of the tiles of keys that queries row ... row + TILE - 1 see."""
     if not plan.causal:
         return 0, tiles
     first_key = 0
     if plan.window:
         first_key = jnp.maximum(row + plan.query_offset + 1 - plan.window, 0)
-    end_key = jnp.maximum(row + TILE + plan.query_offset, 0)
+    end_key = row + TILE + plan.query_offset
     first = lax.div(first_key, TILE)
     end = lax.div(end_key + TILE - 1, TILE)
     return jnp.minimum(first, tiles), jnp.minimum(end, tiles)
@@ -943,15 +988,16 @@ def flash_kernel(q_ref, k_ref, v_ref, highest_ref, total_ref, out_ref, *, plan, 
         scores = plan.scale * jnp.dot(q, k.T, preferred_element_type=jnp.float32)  # [t,s]
         rows = row + lax.broadcasted_iota(jnp.int32, scores.shape, 0)
         keys = j * TILE + lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-        see = visible(plan, rows, keys) & (keys < S)  # the rest is padding
+        see = visible(plan, rows, keys)
+        see = see & (keys < S)  # keys from S on are padding
         scores = jnp.where(see, scores, -jnp.inf)
 
-        new = jnp.maximum(highest, scores.max(1, keepdims=True))
-        terms = jnp.exp(scores - new)
-        shrink = jnp.exp(highest - new)
+        new_highest = jnp.maximum(highest, scores.max(1, keepdims=True))
+        terms = jnp.exp(scores - new_highest)
+        shrink = jnp.exp(highest - new_highest)
         total = total * shrink + terms.sum(1, keepdims=True)
         values = jnp.dot(terms.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return new, total, out * shrink + values
+        return new_highest, total, out * shrink + values
 
     carry = (
         jnp.full((TILE, 1), LEAST, jnp.float32),
@@ -968,11 +1014,11 @@ def flash_kernel(q_ref, k_ref, v_ref, highest_ref, total_ref, out_ref, *, plan, 
 # ==== Demo: the paper's experiment (Tables 2 and 3) ===============================================
 
 HEAD_SIZE = 64  # one head, as in the paper, with inputs in bfloat16
-MOST_MEMORY = 3e9  # bytes; what needs more is compiled, and not run
+MOST_MEMORY = 3e9  # bytes; what needs more is compiled but not run
 EXPECTED = (98, 113)  # times less memory at n = 2^14, inference and gradient
-FLOOR = (59, 32)  # of the paper's abstract
+FLOOR = (59, 32)  # what the abstract states; the rounded figures of its tables give 58.8, 31.2
 
-PAPER = {  # n -> MB on a TPUv3: definition and the paper's, inference (Table 2) and gradient (3)
+PAPER = {  # Tables 2 and 3: n -> MB on a TPUv3 (definition, the paper's algorithm)
     2**8: {"inference": (0.27, 0.27), "gradient": (0.532, 0.532)},
     2**10: {"inference": (4, 4), "gradient": (8, 8)},
     2**12: {"inference": (64, 16), "gradient": (128, 41)},
@@ -998,7 +1044,7 @@ def gradient_of(function):
 
 
 def cost(function, n) -> Cost:
-    """The cost for q, k and v [1,n,1,HEAD_SIZE] in bfloat16."""
+    """What function(q, k, v) costs for [1,n,1,HEAD_SIZE] in bfloat16."""
     qkv = jax.random.normal(jax.random.key(0), (3, 1, n, 1, HEAD_SIZE), jnp.bfloat16)
     compiled = jax.jit(function).lower(*qkv).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
@@ -1080,7 +1126,10 @@ def main(argv=None) -> int:
     parser.add_argument("--out", default="memeff_attention.png", help="where to draw the figure")
     args = parser.parse_args(argv)
     try:
-        require(8 <= args.longest <= 20, f"--longest {args.longest} is not from 8 to 20")
+        require(
+            args.longest in range(8, 21, 2),
+            f"--longest {args.longest} is not an even number from 8 to 20",
+        )
         check_out(args.out)
     except ValueError as error:
         print(f"memeff_attention.py: {error}", file=sys.stderr)

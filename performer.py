@@ -104,12 +104,14 @@ def orthogonal_projection(key, features, dim, *, scaling=0, official=False):
     """
     check_sizes(features, dim)
     require(scaling in (0, 1), f"scaling={scaling} is neither 0 nor 1")
-    blocks = []
+    block_keys = []
     chain = key
     for _ in range(math.ceil(features / dim)):
         chain, block_key = jax.random.split(chain)
-        blocks.append(orthogonal_block(block_key, dim, official))
-    directions = jnp.concatenate(blocks)[:features]
+        block_keys.append(block_key)
+    make_blocks = jax.vmap(functools.partial(orthogonal_block, dim=dim, official=official))
+    blocks = make_blocks(jnp.stack(block_keys))  # [M/K,K,K], the last one cut off below
+    directions = blocks.reshape(-1, dim)[:features]
     if scaling == 1:
         return directions * math.sqrt(dim)
     if not official:

@@ -417,7 +417,8 @@ def run(args):
     if args.checkpoint:
         params = load_params(args.checkpoint, config)
     else:
-        params = init_params(jax.random.key(args.seed), config)
+        init = jax.jit(init_params, static_argnums=1)
+        params = init(jax.random.key(args.seed), config)
         params = train(config, params, text, args, mesh, args.steps)
     report(config, params)
     if args.take_over:

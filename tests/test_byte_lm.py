@@ -26,7 +26,16 @@ SMALL = byte_lm.Config(width=16, depth=2, heads=2, mlp=32)
 
 @pytest.fixture(scope="module")
 def params():
-    return byte_lm.init_params(jax.random.key(0), SMALL)
+    """Weights as init_params makes them, but drawn by numpy: nothing to compile."""
+    shapes = jax.eval_shape(functools.partial(byte_lm.init_params, config=SMALL), jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        if "norm" in jax.tree_util.keystr(path):
+            return jnp.ones(x.shape)
+        return jnp.asarray(rng.normal(size=x.shape, scale=0.25), "float32")
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +71,35 @@ def test_rotary_scores_depend_on_the_distance_alone():
     assert abs(score(7, 3) - score(7, 4)) > 0.01
 
 
+def test_forward_by_hand(params):
+    """In float64: both embeddings, rotary positions of q and k, attention, two residuals."""
+    weights = jax.tree.map(np.float64, params)
+    tokens = tokens_of(2, 9)[:, :-1]
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+    def turn(x):  # channels c and c + K/2 as one complex number
+        half = x.shape[3] // 2
+        angle = np.arange(x.shape[1])[:, None, None] * 10_000.0 ** -(np.arange(half) / half)
+        z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+        return np.concatenate([z.real, z.imag], -1)
+
+    before = np.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    x = weights["embed"][tokens] + weights["before"][before]
+    for i in range(SMALL.depth):
+        layer = {name: leaf[i] for name, leaf in weights["blocks"].items()}
+        q, k, v = np.einsum("btd,dchk->cbthk", norm(x, layer["norm1"]), layer["qkv"])
+        scores = np.einsum("bthk,bshk->bhts", turn(q), turn(k)) * q.shape[3] ** -0.5
+        terms = np.tril(np.exp(scores))
+        y = np.einsum("bhts,bshv->bthv", terms / terms.sum(-1, keepdims=True), v)
+        x = x + np.einsum("bthk,hkd->btd", y, layer["out"])
+        hidden = np.float64(jax.nn.gelu(norm(x, layer["norm2"]) @ layer["mlp1"]))
+        x = x + hidden @ layer["mlp2"]
+    want = norm(x, weights["norm"]) @ weights["head"]
+    close(byte_lm.forward(params, tokens, SMALL), want, 1e-5)
+
+
 def test_memeff_is_its_definition(params):
     tokens = tokens_of(2, 24)
     config = dataclasses.replace(SMALL, attention="reference")
@@ -69,13 +107,14 @@ def test_memeff_is_its_definition(params):
     close(jax.jit(lambda tokens: byte_lm.forward(params, tokens, SMALL))(tokens), want, 1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_meshes_give_the_loss_and_gradients_of_one_device(devices, params):
+@pytest.mark.parametrize(("devices", "attention"), [(2, "memeff"), (8, "performer")])
+def test_meshes_give_the_loss_and_gradients_of_one_device(devices, attention, params):
     tokens = tokens_of(8, 24)
     tokens[1, 7:] = -1  # the end of a text: the mean is over bytes, not over windows
     mesh = byte_lm.make_mesh(devices)
-    sharded = jax.jit(jax.value_and_grad(byte_lm.global_loss(SMALL, mesh)))
-    plain = jax.jit(jax.value_and_grad(lambda *x: byte_lm.loss_fn(*x, SMALL)))
+    config = dataclasses.replace(SMALL, attention=attention)
+    sharded = jax.jit(jax.value_and_grad(byte_lm.global_loss(config, mesh)))
+    plain = jax.jit(jax.value_and_grad(lambda *x: byte_lm.loss_fn(*x, config)))
     (loss, grads), (want, want_grads) = sharded(params, tokens), plain(params, tokens)
     close(loss, want, 1e-5)
     close_gradients(named_leaves(grads), named_leaves(want_grads), 1e-5)
@@ -90,10 +129,10 @@ def test_bits_are_counted_over_the_bytes_that_are_there(params):
     close(byte_lm.loss_fn(params, tokens, SMALL), np.mean(counted), 1e-5)
 
 
-def test_a_step_compiles_once_and_learns():
+def test_a_step_compiles_once_and_learns(params):
     mesh = byte_lm.make_mesh(2)
     optimizer = optax.adam(1e-2)
-    params = byte_lm.init_params(jax.random.key(0), SMALL)
+    params = jax.tree.map(np.asarray, params)  # the step donates what is put on the mesh
     state = jax.device_put((params, optimizer.init(params)), NamedSharding(mesh, P()))
     step = byte_lm.make_train_step(SMALL, optimizer, mesh)
     tokens = jax.device_put(tokens_of(2, 16), NamedSharding(mesh, P("data")))
@@ -129,6 +168,23 @@ def test_generate_writes_the_likeliest_bytes_at_a_low_temperature(params):
         written = np.append(written, byte)
 
 
+def test_bytes_are_drawn_anew_and_temperature_divides_the_logits(params):
+    prompt = np.frombuffer(b"Call me", np.uint8)
+    key = jax.random.key(0)
+    flat = params | {"head": 0 * params["head"]}
+    assert len(set(byte_lm.generate(flat, SMALL, prompt, 20, key, 1.0).tolist())) > 10
+    hot = params | {"head": 4 * params["head"]}
+    same = byte_lm.generate(hot, SMALL, prompt, 20, key, 4.0)
+    assert (same == byte_lm.generate(params, SMALL, prompt, 20, key, 1.0)).all()
+
+
+def test_windows_begin_anywhere():
+    rng = np.random.default_rng(0)
+    windows = byte_lm.window(np.arange(7, dtype=np.uint8), rng, 200, 4)
+    assert {int(row[0]) for row in windows} == {0, 1, 2}
+    assert (np.diff(windows) == 1).all()
+
+
 def test_every_held_out_byte_counts_once():
     """A loss that is known for each byte: the byte before it."""
     held = np.random.default_rng(0).integers(0, 200, 101).astype(np.uint8)
@@ -161,13 +217,46 @@ def test_program_trains_saves_and_continues(text, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == [trained[1], *trained[3:]]
 
 
-def test_program_takes_weights_over_into_performer(text, capsys):
-    flags = [*TINY, "--data", text, "--take-over", "2", "--generate", "0"]
-    assert byte_lm.main(flags) == 0
-    lines = capsys.readouterr().out.splitlines()
-    reports = [line.rpartition(", ")[2] for line in lines if line.startswith("held-out")]
-    assert reports == ["memeff", "performer", "performer"]
-    assert [line[:9] for line in lines if line.startswith("step")] == ["step 3/3 ", "step 2/2 "]
+def record_steps(monkeypatch, text, *flags):
+    """Runs the program with steps that change nothing: (optimizer, weights, tokens) of each."""
+    seen = []
+
+    def make(config, optimizer, mesh):
+        def step(params, opt_state, tokens):
+            seen.append((optimizer, jax.tree.map(np.asarray, params), np.asarray(tokens)))
+            return params, opt_state, 8.0
+
+        return step
+
+    monkeypatch.setattr(byte_lm, "make_train_step", make)
+    assert byte_lm.main([*TINY, "--data", text, "--generate", "0", "--prompt", "", *flags]) == 0
+    return seen
+
+
+def test_each_step_has_its_window_each_seed_its_weights_and_gradients_are_clipped(
+    monkeypatch, text
+):
+    first = record_steps(monkeypatch, text)
+    second = record_steps(monkeypatch, text, "--seed", "1")
+    assert len({tokens.tobytes() for _, _, tokens in first + second}) == 6
+    optimizer, params, _ = first[0]
+    assert (params["embed"] != second[0][1]["embed"]).any()
+
+    def third_update(size):
+        weights = {"norm": params["norm"]}
+        state = optimizer.init(weights)
+        for scale in (1e-4, 1e-4, size):
+            grads = {"norm": np.full_like(params["norm"], scale)}
+            updates, state = optimizer.update(grads, state, weights)
+        return updates["norm"]
+
+    close(third_update(1000.0), third_update(1.0), 1e-5)
+
+
+def test_take_over_starts_from_the_weights_and_ends_with_performer(monkeypatch, text, capsys):
+    seen = record_steps(monkeypatch, text, "--take-over", "1")
+    assert (seen[2][1]["embed"] == seen[3][1]["embed"]).all()
+    assert capsys.readouterr().out.strip().endswith(", performer")
 
 
 def test_program_stops_at_a_loss_that_is_not_finite(text, tmp_path, capsys):
@@ -180,7 +269,7 @@ def test_program_stops_at_a_loss_that_is_not_finite(text, tmp_path, capsys):
 
 def test_program_saves_no_weights_that_are_not_finite(text, tmp_path, capsys, monkeypatch):
     def broken_step(params, opt_state, tokens):
-        return jax.tree.map(lambda x: x * np.nan, params), opt_state, 8.0
+        return params | {"norm": np.nan * params["norm"]}, opt_state, 8.0
 
     monkeypatch.setattr(byte_lm, "make_train_step", lambda *args: broken_step)
     out = tmp_path / "model.npz"
@@ -210,6 +299,10 @@ def test_program_saves_no_weights_that_are_not_finite(text, tmp_path, capsys, mo
         (["--out", "nowhere/x.npz"], "--out nowhere/x.npz: there is no such folder"),
         (["--width", "6"], "width=6 is not a multiple of 2 x heads=2"),
         (["--depth", "0"], "depth=0 is not at least 1"),
+        (["--heads", "0"], "heads=0 is not at least 1"),
+        (["--seed", "4294967296"], "--seed 4294967296 is not in 0 to"),
+        (["--learning-rate", "inf"], "--learning-rate inf is not a positive number"),
+        (["--temperature", "inf"], "--temperature inf is not a positive number"),
         (["--checkpoint", "nothing.npz"], "nothing.npz does not exist"),
     ],
 )
@@ -219,6 +312,15 @@ def test_program_refuses_in_one_line(flags, message, text, capsys):
     out, error = capsys.readouterr()
     assert error.startswith("byte_lm.py: ") and message in error and error.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize(("count", "context"), [(30, 8), (40, 37)])
+def test_a_text_that_is_too_short_is_refused(count, context, tmp_path, capsys):
+    """Of 30 bytes one is held out, and none can be measured; 38 leave one window of 37 and 1."""
+    path = tmp_path / "short.txt"
+    path.write_bytes(b"x" * count)
+    assert byte_lm.main([*TINY, "--data", str(path), "--context", str(context)]) == 2
+    assert "bytes are too few for --context" in capsys.readouterr().err
 
 
 def test_a_truncated_archive_is_refused(text, tmp_path):

@@ -46,8 +46,8 @@ def test_zigzag_gives_the_values_and_gradients_of_one_device(n, few, monkeypatch
     """With heads that share keys; head by head, and all heads at once."""
     monkeypatch.setattr(memeff, "FEW", few)
     *qkv, dout = normal((2, 48, 4, 8), (2, 48, 2, 8), (2, 48, 2, 6), (2, 48, 4, 6))
-    ring = zigzag(n, 48, q_chunk=4, kv_chunk=4)
-    definition = functools.partial(memeff.attention_by_definition, causal=True)
+    ring = zigzag(n, 48, scale=0.3, q_chunk=4, kv_chunk=4)
+    definition = functools.partial(memeff.attention_by_definition, causal=True, scale=0.3)
 
     def both(function):
         return jax.jit(lambda *qkv: (function(*qkv), jax.vjp(function, *qkv)[1](dout)))(*qkv)
@@ -128,8 +128,8 @@ def test_decoding_equals_causal_attention_with_rows_of_any_length():
         cache["k"] = cache["k"].at[b, :n].set(k[b, :n])
         cache["v"] = cache["v"].at[b, :n].set(v[b, :n])
     cache["length"] = jnp.asarray(prompt)
-    step = jax.jit(long_context.decode_step)
-    want = memeff.attention_by_definition(q, k, v, causal=True)
+    step = jax.jit(functools.partial(long_context.decode_step, scale=2.0))
+    want = memeff.attention_by_definition(q, k, v, causal=True, scale=2.0)
 
     def token(x, i):
         return jnp.stack([x[b, prompt[b] + i] for b in range(2)])[:, None]
@@ -151,6 +151,15 @@ def test_a_full_cache_is_refused_or_flagged_and_left_as_it_is():
     assert after["length"].tolist() == [3, 3]
     assert not after["k"][0].any()
     assert after["k"][1, 2].all() and not after["k"][1, :2].any()
+    after["length"] = jnp.array([0, 0])  # emptied rows: the flag of what was lost stays
+    again, _ = jax.jit(long_context.decode_step)(after, token, token, token)
+    assert again["overflow"].tolist() == [True, False]
+
+
+def test_init_cache_takes_sizes_and_a_dtype():
+    cache = long_context.init_cache(2, 3, 4, 5, value_size=6, dtype=jnp.bfloat16)
+    assert cache["k"].shape == (2, 3, 4, 5) and cache["v"].shape == (2, 3, 4, 6)
+    assert cache["k"].dtype == cache["v"].dtype == jnp.bfloat16
 
 
 @pytest.mark.usefixtures("quick")
@@ -212,6 +221,19 @@ def test_program_runs_alone(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("20,000 tokens, ") and len(lines) == 4
     assert lines[-1].startswith("20,000 of 20,000 queries, 0 s left, error ")
+
+
+@pytest.mark.parametrize("wrong", ["compare", "decode"])
+def test_program_fails_if_one_of_its_parts_is_wrong(wrong, monkeypatch):
+    for name in ("compare", "decode"):
+        monkeypatch.setattr(long_context, name, lambda *args, name=name: float(name == wrong))
+    assert long_context.main(["--devices", "2", "--length", "64"]) == 1
+
+
+def test_program_sees_a_wrong_query(monkeypatch):
+    right = memeff.attention
+    monkeypatch.setattr(memeff, "attention", lambda *args: right(*args) + 1e-3)
+    assert long_context.run_alone(64, rows=32) > 5e-4
 
 
 @pytest.mark.parametrize("error", [np.nan, 2e-5])

@@ -251,7 +251,7 @@ def one_by_one(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_c1_exact_for_every_length_chunk_mask_and_bias(seed, monkeypatch):
     """The abstract: an algorithm for attention itself, not for an approximation of it."""
     if seed % 4 < 2:
@@ -260,7 +260,7 @@ def test_c1_exact_for_every_length_chunk_mask_and_bias(seed, monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(16, 216))
+@pytest.mark.parametrize("seed", range(12, 212))
 def test_c1_exact_in_200_more_cases(seed, monkeypatch):
     if seed % 4 < 2:
         one_by_one(monkeypatch)
@@ -312,16 +312,20 @@ def gradient_errors(function, qkv, dout):
     return np.array(errors)
 
 
-@pytest.mark.parametrize("keys", [3, 8, 40, 300])
-@pytest.mark.parametrize("deviation", [30, 1000])
-def test_c4_gradients_as_accurate_as_the_definition_for_large_scores(keys, deviation, monkeypatch):
+@pytest.mark.parametrize(
+    ("queries", "keys", "deviation"),
+    [(256, 3, 30), (256, 8, 30), (256, 8, 1000), (256, 300, 30), (256, 300, 1000), (8, 256, 30)],
+)
+def test_c4_gradients_as_accurate_as_the_definition_for_large_scores(
+    queries, keys, deviation, monkeypatch
+):
     """Sec. 3: exp of these scores overflows.
 
     The errors are those of the scores, of whose last digits float32 has none left; what attention
     adds to them is at most a half.
     """
     one_by_one(monkeypatch)
-    q, k, v, dout = normal(*[(1, n, 2, 64) for n in (256, keys, keys, 256)])
+    q, k, v, dout = normal(*[(1, n, 2, 64) for n in (queries, keys, keys, queries)])
     q = q * np.float32(deviation)
     definition = gradient_errors(memeff.attention_by_definition, (q, k, v), dout)
     here = gradient_errors(memeff.attention, (q, k, v), dout)
@@ -374,11 +378,12 @@ def test_c5_the_ring_gives_the_numbers_of_one_device(n, causal, monkeypatch):
         one_by_one(monkeypatch)
     shapes = (2, 48, 4, 8), (2, 48, 2, 8), (2, 48, 2, 6), (2, 48, 4, 6), (2, 4, 48)
     *qkv, dout, dlse = normal(*shapes)
-    run = ring(n, causal=causal, q_chunk=4, kv_chunk=4, return_lse=True)
+    options = {"causal": causal, "scale": 0.3}
+    run = ring(n, **options, q_chunk=4, kv_chunk=4, return_lse=True)
     (out, lse), grads = jax.jit(
         lambda *qkv: (run(*qkv), jax.vjp(run, *qkv)[1]((jnp.asarray(dout), jnp.asarray(dlse))))
     )(*qkv)
-    want = by_hand(*qkv, dout, dlse, causal=causal)
+    want = by_hand(*qkv, dout, dlse, **options)
     close(out, want["out"], 1e-6)
     close(lse, want["lse"], 1e-6)
     close_gradients(grads, [want[name] for name in "qkv"], 1e-6)
@@ -450,6 +455,15 @@ def test_c6_parts_merge_in_any_split_and_order(cuts, backwards):
     close_gradients(grads, [want[name] for name in "qkv"], 1e-6)
 
 
+def test_c6_nothing_merged_with_nothing_is_nothing_and_has_a_gradient():
+    out = jnp.zeros((1, 2, 1, 3))
+    lse = jnp.array([[[-jnp.inf, 1.0]]])
+    (merged, both), pull = jax.vjp(memeff.merge, (out, lse), (out, lse))
+    assert both[0, 0, 0] == -jnp.inf and not merged.any()
+    close(both[0, 0, 1], 1 + np.log(2), 1e-6)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(pull((out + 1, jnp.ones_like(lse)))))
+
+
 def flops(function, length):
     x = jax.ShapeDtypeStruct((1, length, 1, 64), "float32")
     return count(jax.make_jaxpr(function)(x, x, x).jaxpr, matmul_flops)
@@ -480,33 +494,51 @@ def plan_of(**fields):
     return plan._replace(**fields)
 
 
-def shapes_of(T, S):
-    q = jax.ShapeDtypeStruct((1, 1, 1, T, 1), "float32")
-    k = jax.ShapeDtypeStruct((1, 1, 1, S, 1), "float32")
+def shapes_of(T, S, heads=1):
+    q = jax.ShapeDtypeStruct((heads, 1, 1, T, 1), "float32")
+    k = jax.ShapeDtypeStruct((heads, 1, 1, S, 1), "float32")
     return memeff.Arrays(q, k, k)
 
 
 def test_default_tiles_are_those_of_the_docstring():
-    tiles = memeff.tile_shapes
-    long, causal = shapes_of(8192, 8192), plan_of(causal=True)
-    assert tiles(plan_of(), long) == ((2048, 512), (512, 2048))
-    assert tiles(causal, long) == ((512, 512), (512, 512))
-    assert tiles(causal._replace(window=256), long) == ((256, 256), (256, 256))
-    assert tiles(plan_of(), shapes_of(100, 7)) == ((100, 7), (100, 7))
-    assert tiles(plan_of(), shapes_of(2049, 513)) == ((1088, 320), (448, 513))  # evened out
-    assert tiles(plan_of(), shapes_of(9, 9), 4, 30) == ((4, 9), (4, 9))
+    def tiles(x, causal=False, window=None, *chunks):
+        return memeff.tile_shapes(x, causal, window, *chunks)
+
+    long = shapes_of(8192, 8192)
+    assert tiles(long) == ((2048, 512), (512, 2048))
+    assert tiles(long, True) == ((512, 512), (512, 512))
+    assert tiles(long, True, 256) == ((256, 256), (256, 256))
+    assert tiles(long, True, 5) == ((128, 128), (128, 128))
+    assert tiles(shapes_of(100, 7)) == ((100, 7), (100, 7))
+    assert tiles(shapes_of(2049, 513)) == ((1088, 320), (448, 513))  # of about equal size
+    assert tiles(shapes_of(9, 9), False, None, 4, 30) == ((4, 9), (4, 9))
 
 
-def test_a_tile_table_names_each_pair_that_is_seen_once():
-    plan = plan_of(causal=True, window=5, query_offset=-2)
-    every, some = memeff.tile_table(plan, 23, 19, 4, 3, masked=False)
-    seen = seen_by_hand(1, 1, 23, 19, causal=True, window=5, query_offset=-2)[0, 0]
-    counts = np.zeros((23, 19), int)
-    for table, masked in ((every, False), (some, True)):
+def test_a_tile_has_one_head_on_a_cpu_and_all_of_them_elsewhere(monkeypatch):
+    long, short = shapes_of(8192, 8192, heads=1024), shapes_of(100, 100, heads=1024)
+    assert memeff.heads_at_once(long) == (1, 1, 1)
+    assert memeff.heads_at_once(short) == (1024, 1, 1)
+    assert memeff.tile_shapes(long, False, None) == ((2048, 512), (512, 2048))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert memeff.heads_at_once(long) == (1024, 1, 1)
+    assert memeff.tile_shapes(long, False, None) == ((128, 128), (128, 128))
+
+
+@pytest.mark.parametrize("window", [None, 5, 9])
+@pytest.mark.parametrize("offset", [-2, 0, 3])
+@pytest.mark.parametrize(("T", "S", "t", "s"), [(23, 19, 4, 3), (16, 16, 4, 4), (21, 40, 2, 5)])
+def test_a_tile_table_names_each_pair_that_is_seen_once(T, S, t, s, offset, window):
+    """And has a mask only where it hides something, or where a tile was moved back."""
+    plan = plan_of(causal=True, window=window, query_offset=offset)
+    all_seen, some_hidden = memeff.tile_table(plan, T, S, t, s, masked=False)
+    seen = seen_by_hand(1, 1, T, S, causal=True, window=window, query_offset=offset)[0, 0]
+    counts = np.zeros((T, S), int)
+    for table, masked in ((all_seen, False), (some_hidden, True)):
         for row, key, first_row, first_key in table:
-            tile = np.zeros((23, 19), bool)
-            tile[max(row, first_row) : row + 4, max(key, first_key) : key + 3] = True
-            assert seen[tile].any() and (masked or seen[tile].all())
+            tile = np.zeros((T, S), bool)
+            tile[max(row, first_row) : row + t, max(key, first_key) : key + s] = True
+            moved = row != first_row or key != first_key
+            assert seen[tile].any() and masked == (moved or not seen[tile].all())
             counts += tile
     assert (counts[seen] == 1).all() and counts.max() == 1
 
@@ -579,19 +611,29 @@ def test_second_derivatives_by_reverse_over_reverse_and_forward_mode_is_refused(
         jax.jvp(lambda q: tiled(q, k, v), (q,), (q,))
 
 
-@pytest.mark.parametrize(("heads", "few"), [(64, 2**16), (64, 0), (8, 0)])
-def test_gradient_of_a_sum_with_many_heads_to_a_key(heads, few, monkeypatch):
-    """XLA on a CPU errs in sums of products with a cotangent that it sees to be constant.
+@pytest.mark.parametrize("few", [0, 2**16])
+@pytest.mark.parametrize("constant", ["", "q"])
+def test_gradient_of_a_sum_with_many_heads_to_a_key(constant, few, monkeypatch):
+    """XLA on a CPU errs in sums of products with arrays that it sees to be constant.
 
     In bfloat16 the sum over the heads that share a key is in float32.
     """
     monkeypatch.setattr(memeff, "FEW", few)
-    T = 100
-    arrays = normal((2, T, heads, 8), (2, T, 1, 8), (2, T, 1, 8))
+    arrays = dict(zip("qkv", normal((2, 40, 8, 8), (2, 40, 2, 8), (2, 40, 2, 8))))
+    if constant:
+        arrays[constant] = np.ones_like(arrays[constant])
     for dtype, tolerance in (("float32", 1e-6), ("bfloat16", 4e-3)):
-        qkv = [jnp.asarray(x, dtype) for x in arrays]
-        want = by_hand(*qkv, np.ones((2, T, heads, 8)))
-        grads = jax.jit(memeff.gradient_of(memeff.attention))(*qkv)
+        inputs = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+        want = by_hand(*inputs.values(), np.ones((2, 40, 8, 8)))
+
+        @jax.jit
+        def gradients(inputs, dtype=dtype):
+            if constant:
+                inputs = inputs | {constant: jnp.ones(arrays[constant].shape, dtype)}
+            return memeff.gradient_of(memeff.attention)(*(inputs[name] for name in "qkv"))
+
+        grads = gradients({name: x for name, x in inputs.items() if name != constant})
+        assert all(grad.dtype == dtype for grad in grads)
         got = [grad.astype("float32") for grad in grads]
         close_gradients(got, [want[name] for name in "qkv"], tolerance)
 
@@ -630,7 +672,8 @@ def test_no_implicit_promotion_of_ranks_or_dtypes(function, few, monkeypatch):
 
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         assert jnp.isfinite(jax.jit(jax.grad(loss))(q)).all()
-        memeff.merge(*[memeff.attention(q, k, v, return_lse=True)] * 2)
+        out, lse = memeff.merge(*[memeff.attention(q, k, v, return_lse=True)] * 2)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
 
 
 # ==== Meshes ======================================================================================
@@ -768,14 +811,20 @@ WRONG = [
     ),
     ({"k": X[:, :, :, :4]}, "k (2, 6, 4, 4), v (2, 6, 4, 8) are not [B,T,H,K]"),
     ({"k": X[:1], "v": X[:1]}, "k (1, 6, 4, 8), v (1, 6, 4, 8) are not [B,T,H,K]"),
+    ({"k": X[:1]}, "k (1, 6, 4, 8), v (2, 6, 4, 8) are not"),
+    ({"k": X[:, :0], "v": X[:, :0]}, "none may be empty"),
+    ({"v": X[..., :0]}, "none may be empty"),
+    ({"v": X.astype("float16")}, "v float16, not all of the same floating type"),
+    ({"query_offset": 2**30 + 1}, "query_offset=1073741825 is not"),
+    ({"query_offset": -(2**30) - 1}, "query_offset=-1073741825 is not"),
     ({"v": X[:, :5]}, "v (2, 5, 4, 8) are not"),
     ({"q": X[:, :0]}, "none may be empty"),
     ({"k": X[:, :, :3], "v": X[:, :, :3]}, "4 heads of q are not a multiple of 3 heads of k and v"),
     (
         {"k": X.astype("float16")},
-        "q is float32, k float16, v float32, not all of one floating type",
+        "q is float32, k float16, v float32, not all of the same floating type",
     ),
-    ({name: X.astype(int) for name in "qkv"}, "not all of one floating type"),
+    ({name: X.astype(int) for name in "qkv"}, "not all of the same floating type"),
     ({"q_chunk": 0}, "q_chunk=0 is not a whole number from 1 to 1073741824"),
     ({"kv_chunk": -3}, "kv_chunk=-3 is not a whole number from 1 to"),
     ({"q_chunk": 2.5}, "q_chunk=2.5 is not a whole number from 1 to"),
@@ -793,7 +842,7 @@ WRONG = [
         {"bias": np.ones((1, 1, 1, 6, 6), np.float32)},
         "bias is float32 (1, 1, 1, 6, 6), not floating",
     ),
-    ({"q_segments": INTEGERS}, "q_segments and kv_segments need each other"),
+    ({"q_segments": INTEGERS}, "q_segments and kv_segments must be given together"),
     ({"q_segments": INTEGERS[:, :5], "kv_segments": INTEGERS}, "q_segments is int"),
     ({"q_segments": INTEGERS / 2, "kv_segments": INTEGERS}, "not integer that broadcasts to"),
     ({"window": 2**31 - 1, "causal": True}, "window=2147483647 is not a whole number from 1 to"),
@@ -822,14 +871,19 @@ def test_attention_refuses(change, message):
     ],
 )
 def test_kernel_refuses(options, names):
-    message = f"implementation='pallas' takes no {names}: use 'xla'"
+    message = f"implementation='pallas' does not support {names}: use 'xla'"
     with pytest.raises(NotImplementedError, match=re.escape(message)):
         memeff.attention(X, X, X, implementation="pallas", **options)
 
 
-def test_kernel_refuses_x64():
-    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="takes no x64"):
+def test_kernel_refuses_x64_and_shard_map():
+    with jax.enable_x64(True), pytest.raises(NotImplementedError, match="not support x64"):
         memeff.attention(X, X, X, implementation="pallas")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    local = functools.partial(memeff.attention, implementation="pallas")
+    run = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    with pytest.raises(NotImplementedError, match="not support shard_map with check_vma=True"):
+        run(X, X, X)
 
 
 def test_ring_attention_refuses():
@@ -857,7 +911,7 @@ def test_demo_measures_and_draws(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("inference", "gradient", "status"), [(60, 33, 0), (58, 33, 1), (60, 31, 1)]
+    ("inference", "gradient", "status"), [(59, 32, 0), (58, 33, 1), (60, 31, 1)]
 )
 def test_demo_fails_below_the_paper_s_savings(inference, gradient, status, monkeypatch, tmp_path):
     costs = {
@@ -869,6 +923,27 @@ def test_demo_fails_below_the_paper_s_savings(inference, gradient, status, monke
     assert memeff.main(["--out", str(tmp_path / "x.png")]) == status
 
 
+@pytest.mark.parametrize("task", ["inference", "gradient"])
+def test_demo_tabulates_the_costs(task, monkeypatch, capsys):
+    """Costs that are known: by definition 8 MB and 4 s, here 2 MB and 1 s."""
+    functions = []
+
+    def known_cost(function, n):
+        functions.append(function)
+        if len(functions) % 2 == 1:
+            return memeff.Cost(8_000_000, 4.0 if n > 256 else 0.5)
+        return memeff.Cost(2_000_000, 1.0)
+
+    monkeypatch.setattr(memeff, "cost", known_cost)
+    memeff.measure(task, [256, 4096])
+    lines = capsys.readouterr().out.splitlines()
+    paper = {"inference": "4.0", "gradient": "3.1"}[task]
+    assert lines[-3].split() == ["4,096", "8.0", "2.0", "4.0", paper, "4.0000", "1.0000"]
+    assert lines[-2] == "faster than the definition at n = [4096]"
+    themselves = {memeff.attention, memeff.attention_by_definition} & set(functions)
+    assert len(themselves) == (2 if task == "inference" else 0)
+
+
 def test_demo_does_not_run_what_needs_too_much_memory(monkeypatch):
     monkeypatch.setattr(memeff, "MOST_MEMORY", 0)
     cost = memeff.cost(memeff.attention, 256)
@@ -878,7 +953,8 @@ def test_demo_does_not_run_what_needs_too_much_memory(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--longest", "40"], "--longest 40 is not from 8 to 20"),
+        (["--longest", "40"], "--longest 40 is not an even number from 8 to 20"),
+        (["--longest", "9"], "--longest 9 is not an even number from 8 to 20"),
         (["--out", "nowhere/x.png"], "--out nowhere/x.png: its folder cannot be written to"),
         (["--out", "x.txt"], "--out x.txt is not a .png"),
     ],

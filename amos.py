@@ -118,7 +118,7 @@ def wide(x):  # same in every file
 
 
 def at_least_float32(x):  # same in every file
-    """x in the dtype `wide`."""
+    """x cast to the dtype wide(x)."""
     return x.astype(wide(x))
 
 

@@ -320,7 +320,7 @@ def prepare(
     """Checks the arguments of attention, and returns them as a Plan and Arrays."""
     q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
     check_qkv(q, k, v)
-    check_options(causal, window, query_offset, q_chunk, kv_chunk)
+    check_masking(causal, window, query_offset, q_chunk, kv_chunk)
     B, T, H, K = q.shape
     S, G = k.shape[1:3]
     groups = (G, H // G)
@@ -374,7 +374,7 @@ def check_qkv(q, k, v):
         )
 
 
-def check_options(causal, window, query_offset, q_chunk, kv_chunk):
+def check_masking(causal, window, query_offset, q_chunk, kv_chunk):
     """Raises ValueError for a number that is not whole, or so large that int32 may overflow."""
     for name, n in (("window", window), ("q_chunk", q_chunk), ("kv_chunk", kv_chunk)):
         require(

@@ -439,7 +439,7 @@ def wide(x):  # same in every file
 
 
 def at_least_float32(x):  # same in every file
-    """x in the dtype `wide`."""
+    """x cast to the dtype wide(x)."""
     return x.astype(wide(x))
 
 
@@ -501,7 +501,7 @@ def state_of_earlier_devices(state: State, axis) -> State:
 
 
 def same_axes(tree):  # same in every file
-    """Inside shard_map: arrays made to vary over every mesh axis that any of them varies over."""
+    """Inside shard_map: marks all arrays as varying over each mesh axis that any varies over."""
     axes = frozenset().union(*(jax.typeof(x).mat.varying for x in jax.tree.leaves(tree)))
 
     def vary(x):

@@ -334,7 +334,7 @@ BROKEN = [  # check, a text in GOOD, what replaces it, a part of the complaint
 ALONE = [  # the same for check_alone
     ("import argparse", "import argparse, helpers", "import of good"),
     ("def main", "print('hello')\ndef main", "import of good: hello"),
-    ('"--out"', '"--output"', "--help"),
+    ('"--out"', '"--draw"', "--help"),
     ("result:", "outcome:", "for two steps: status 0"),
     ("    np.load", "    raise SystemExit(2)\n    np.load", "for two steps: status 2"),
     ("    open(args.out", "    len(args.out", "drew no figure"),

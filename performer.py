@@ -205,12 +205,12 @@ SOFTMAX_KERNELS = {
 
 # ==== FAVOR+ (Algorithm 1) ========================================================================
 
-LEAST = -1e30  # the log scale of nothing; finite, since the difference of infinities is NaN
-TINY = 1e-30  # denominators below are what float32 leaves of nothing
+LEAST = -1e30  # the log scale of no keys; finite, since -inf minus -inf is NaN
+TINY = 1e-30  # smaller denominators count as 0: float32 has no digits left of them
 
 
 class State(NamedTuple):
-    """What FAVOR+ keeps of any number of keys: exp(log_scale) * sums is Buf1 = (K')^T C."""
+    """What FAVOR+ keeps of all keys, however many: exp(log_scale) * sums is Buf1 = (K')^T C."""
 
     log_scale: jax.Array  # [B,H,1,1]
     sums: jax.Array  # [B,H,M,C]
@@ -228,20 +228,21 @@ def favor_attention(
     chunk=128,
     seq_axis=None,
 ):
-    """Attention with D^-1 A replaced by random features (Eq. 4, Algorithm 1).
+    """Attention by random features: D^-1 A V with A = phi(q) phi(k)^T (Eq. 4, Algorithm 1).
 
     q [B,T,H,K], k [B,S,H,K], v [B,S,H,V], projection [M,K] -> [B,T,H,V] in q's dtype, computed in
-    float32 at least. O(T M V) time. It is close to softmax attention where |q| and |k| are small:
-    the variance grows as exp(|q + k|^2), so for trained weights it is a start to train on from.
+    float32 at least, in O((T + S) M (K + V)) time for each head. It is close to softmax attention
+    where |q| and |k| are small, since the variance of the estimate grows as exp(|q + k|^2) (Lemma
+    2). Weights that were trained with softmax attention have to be trained on.
 
-    features   "positive", "hyperbolic" or "trigonometric": of exp(q.k / sqrt(K)). "relu", or a
-               function of (x [B,H,T,K], projection) that gives Features: of x as it is. With "relu"
-               the projection may be None
+    features   "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)). "relu" is
+               another kernel, which needs no projection. Or any function of x [B,H,T,K] and the
+               projection that returns Features
     causal     query i sees the keys 0 ... i
-    mask       bool [B,S]: which keys there are. Where none is to be seen the output is 0
-    chunk      tokens that are worked on at once; any number gives the same
-    seq_axis   inside shard_map: the mesh axis that cuts the sequence. The devices exchange their
-               states, at most n B H (M (V + 1) + 1) numbers, whatever the length
+    mask       bool [B,S], False for keys that are padding. A query without keys gives zeros
+    chunk      how many tokens are worked on at once. The result is the same for all
+    seq_axis   inside shard_map: the mesh axis over which the sequence is sharded. The n devices
+               exchange their states, n B H (M (V + 1) + 1) numbers whatever the length
 
     Raises ValueError for arguments that do not go together.
     """

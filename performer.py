@@ -1,33 +1,34 @@
 """FAVOR+: attention in linear time and memory, by random features of the softmax kernel.
 
-    W = orthogonal_projection(jax.random.key(0), features=256, dim=64)  # [M,K], draw it once
+    W = orthogonal_projection(jax.random.key(0), features=256, dim=64)  # [M,K]; drawn once
     out = favor_attention(q, k, v, W)  # q [B,T,H,64], k, v [B,S,H,64] -> [B,T,H,64]
     out = favor_attention(q, k, v, W, causal=True)
 
-    state = init_state(batch, heads, features=256, value_size=64)  # decoding, O(1) for each token
+    state = init_state(batch, heads, features=256, value_size=64)  # decoding, O(1) per token
     state, out = decode_step(state, q, k, v, W)  # q, k, v [B,1,H,64]
 
-    # Inside shard_map, over a sequence that is cut over the devices of mesh axis "seq":
+    # Inside shard_map, over a sequence that is sharded over the mesh axis "seq":
     out = favor_attention(q, k, v, W, causal=True, seq_axis="seq")
 
 Paper     Choromanski et al. 2020, "Rethinking Attention with Performers", arXiv:2009.14794.
 Here      Algorithm 1 (FAVOR+), without and with a causal mask (App. B.1); positive and hyperbolic
           features (Eq. 7), trigonometric ones (Sec. 2.3), any function of a projection (Eq. 5);
-          orthogonal and independent projections (Sec. 2.4). Beyond the paper: the sequence cut
-          over devices.
-Not here  The Performer as a model: examples/byte_lm.py takes its attention from this file. To
-          redraw the projection during training: pass another one. A kernel.
+          orthogonal and independent projections (Sec. 2.4). Beyond the paper: a sequence that is
+          sharded over devices.
+Not here  The Performer as a model (examples/byte_lm.py takes its attention from this file);
+          redrawing during training (pass another projection); a GPU kernel.
 Differs   From the official code:
           Orthogonal blocks are uniformly distributed. Official blocks are not, since the signs of
-          the QR decomposition are not fixed, and the estimate of exp(q.k) is biased for it:
-          0.81 to 0.91 of it at d = 8 (official=True repeats them).
-          Each key has a log scale of its own, and sums are rescaled to a running maximum. The
+          the QR decomposition are not fixed, and their estimate is biased: its mean is 0.81 to 0.91
+          times exp(q.k) at K = 8. official=True repeats those draws.
+          Each key keeps a log scale of its own, and sums are rescaled to a running maximum. The
           official code subtracts the maximum over all keys, future ones too, and adds 1e-6 after
-          exp: with a causal mask the future leaks into the past, by up to 2.3 in its outputs.
+          exp: with a causal mask a large last key changed outputs before it by up to 2.3.
           The quotient is exact. The official one adds 2e-6 to denominators below 1e-6, which at a
           length of 4,096 alters 67 % of the causal rows. A denominator below 1e-30 gives zeros,
           where the official code gives NaN for 0.
-Claims    C1 the features are unbiased (Lemma 1)
+Claims    Tested in tests/test_performer.py:
+          C1 the features are unbiased (Lemma 1)
           C2 where exp(q.k) is small, positive features have a far smaller error than trigonometric
              ones; their mean squared errors are those of Lemma 2
           C3 orthogonal projections have a smaller error than independent ones (Theorem 2)
@@ -38,14 +39,14 @@ Claims    C1 the features are unbiased (Lemma 1)
           C8 finite in bfloat16 at queries and keys of norm 30, value and gradient
           C9 a sequence cut over devices gives the same numbers; the traffic does not grow with it
 Checked   google-research/google-research @ 0c1bbe5, performer/fast_attention/jax: features,
-          attention and gradients, at most 2.5e-6 of the largest value apart; projections to the
-          bit.
+          attention and gradients agree within 2.5e-6 of the largest value, projections too.
 Run       python performer.py
-          50 s on two CPU cores: the error of attention with 256 features at |q| = |k| = 2 is 0.18
-          of its size, and at a length of 4,096 it is 9 times as fast as softmax attention; above
-          0.25 or below 2 times it exits with status 1
+          50 s on two CPU cores. With 256 features at |q| = |k| = 2 the error of attention is 0.18
+          of its size, and at a length of 4,096 it is 9 times as fast as softmax attention. Exits
+          with status 1 above 0.25 or below 2 times.
 Axes      B batch  T queries  S keys  H heads  K size of a query and a key  V size of a value
-          M features  C = V + 1, a value and a one  t chunk.  Inside shard_map sizes are per device.
+          M features  C = V + 1, a value and an appended 1  t tokens of a chunk.  Inside shard_map
+          sizes are per device.
 """
 
 import argparse
@@ -96,11 +97,12 @@ def gaussian_projection(key, features, dim):
 
 
 def orthogonal_projection(key, features, dim, *, scaling=0, official=False):
-    """Rows that are normal each, and orthogonal to the others of their block of K. [M,K].
+    """Rows that are orthogonal to the others of their block of K rows. [M,K].
 
-    scaling=0 gives the rows the lengths of normal vectors, 1 gives all the length sqrt(K).
-    official=True repeats the draws of the official code, whose blocks are not uniform. Raises
-    ValueError for another scaling, and for sizes below 1.
+    With scaling=0 they have the lengths of normal vectors, so that each row by itself is normal;
+    with scaling=1 all have the length sqrt(K). official=True repeats the draws of the official
+    code, whose blocks are not uniform. Raises ValueError for any other scaling, and for sizes below
+    1.
     """
     check_sizes(features, dim)
     require(scaling in (0, 1), f"scaling={scaling} is neither 0 nor 1")
@@ -114,9 +116,11 @@ def orthogonal_projection(key, features, dim, *, scaling=0, official=False):
     directions = blocks.reshape(-1, dim)[:features]
     if scaling == 1:
         return directions * math.sqrt(dim)
+    length_key = key  # as in the official code, which uses the first key twice
     if not official:
-        key = jax.random.fold_in(chain, 0)  # the official code uses the first key again
-    lengths = jnp.linalg.norm(jax.random.normal(key, (features, dim)), axis=1, keepdims=True)
+        length_key = jax.random.fold_in(chain, 0)
+    vectors = jax.random.normal(length_key, (features, dim))
+    lengths = jnp.linalg.norm(vectors, axis=1, keepdims=True)
     return directions * lengths
 
 
@@ -124,7 +128,7 @@ def orthogonal_block(key, dim, official):
     """A random orthogonal matrix [K,K]."""
     q, r = jnp.linalg.qr(jax.random.normal(key, (dim, dim)))
     if not official:
-        # QR leaves the signs to the algorithm. With R's diagonal positive Q is uniform.
+        # QR is unique only up to signs of columns. With R's diagonal positive Q is uniform.
         q = q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
     return q.T
 
@@ -141,7 +145,8 @@ def check_sizes(features, dim):
 class Features(NamedTuple):
     """phi(x) = exp(log_scale) * values: phi itself may be too large or small for float32.
 
-    log_scale only scales, it has no gradient: the gradient of phi flows through the values.
+    log_scale is under stop_gradient. The gradient of phi is complete without it, since the same
+    number is subtracted within the values.
     """
 
     values: jax.Array  # [...,T,M]
@@ -149,30 +154,30 @@ class Features(NamedTuple):
 
 
 def positive_features(x, projection) -> Features:
-    """exp(w.x - |x|^2 / 2), the positive features of FAVOR+ (Lemma 1, Eq. 7). [...,K] -> M."""
+    """exp(w.x - |x|^2 / 2), the features of FAVOR+ (Lemma 1, Eq. 7). [...,K] -> [...,M]."""
     exponents = x @ projection.T - half_square(x)  # [...,M]
     return exponential(exponents)
 
 
 def hyperbolic_features(x, projection) -> Features:
-    """exp(w.x - |x|^2 / 2) and exp(-w.x - |x|^2 / 2), Eq. 7: half the variance. [...,K] -> 2M."""
+    """exp(w.x - |x|^2 / 2) and exp(-w.x - |x|^2 / 2), Eq. 7. [...,K] -> [...,2M]."""
     projected = x @ projection.T
     exponents = jnp.concatenate([projected, -projected], axis=-1) - half_square(x)
     return exponential(exponents)
 
 
 def trigonometric_features(x, projection) -> Features:
-    """cos(w.x) exp(|x|^2 / 2) and the same with sin (Sec. 2.3): not positive. [...,K] -> 2M."""
+    """cos(w.x) exp(|x|^2 / 2) and the same with sin (Sec. 2.3). [...,K] -> [...,2M]."""
     projected = x @ projection.T
     waves = jnp.concatenate([jnp.cos(projected), jnp.sin(projected)], axis=-1)
     exponent = half_square(x)
     log_scale = lax.stop_gradient(exponent)
-    scale = jnp.exp(exponent - log_scale)  # 1; here for its gradient
+    scale = jnp.exp(exponent - log_scale)  # equals 1, and carries the gradient
     return Features(waves * scale * projection.shape[0] ** -0.5, log_scale)
 
 
 def relu_features(x, projection) -> Features:
-    """relu(w.x) + 1e-3, the paper's generalised attention (App. A.4). [...,K] -> M."""
+    """relu(w.x) + 1e-3, the paper's generalised attention (App. A.4). [...,K] -> [...,M]."""
     return generalized_features(x, projection, jax.nn.relu)
 
 
@@ -232,12 +237,12 @@ def favor_attention(
 
     q [B,T,H,K], k [B,S,H,K], v [B,S,H,V], projection [M,K] -> [B,T,H,V] in q's dtype, computed in
     float32 at least, in O((T + S) M (K + V)) time for each head. It is close to softmax attention
-    where |q| and |k| are small, since the variance of the estimate grows as exp(|q + k|^2) (Lemma
+    where |q| and |k| are small: the relative variance grows as exp(|q + k|^2 / sqrt(K)) / M (Lemma
     2). Weights that were trained with softmax attention have to be trained on.
 
     features   "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)). "relu" is
-               another kernel, which needs no projection. Or any function of x [B,H,T,K] and the
-               projection that returns Features
+               another kernel, which needs no projection. Or a function that makes Features of a
+               chunk x [B,H,t,K], which is not scaled by K^-1/4, and the projection
     causal     query i sees the keys 0 ... i
     mask       bool [B,S], False for keys that are padding. A query without keys gives zeros
     chunk      how many tokens are worked on at once. The result is the same for all
@@ -286,7 +291,7 @@ def features_of(x, projection, features) -> Features:
         return features(x, projection)
     if features == "relu":
         return relu_features(x, projection)
-    x = x * x.shape[-1] ** -0.25  # half of the softmax's 1 / sqrt(K), for q and for k
+    x = x * x.shape[-1] ** -0.25  # on q and on k, which gives 1 / sqrt(K)
     return SOFTMAX_KERNELS[features](x, projection)
 
 
@@ -325,7 +330,7 @@ def normalize(buffer):
     numerator = buffer[..., :-1]
     denominator = buffer[..., -1:]
     some = jnp.abs(denominator) > TINY
-    # Scaled to 1 first: the gradient of a / b has b^2 in it, which is 0 for a small b.
+    # Divided by its size first: the gradient of a / b has b^2 in it, which is 0 for a small b.
     size = lax.stop_gradient(jnp.where(some, denominator, 1))
     quotient = (numerator / size) / jnp.where(some, denominator / size, 1)
     return jnp.where(some, quotient, 0)
@@ -352,9 +357,9 @@ def empty_state(phi, k, c, mask) -> State:
 def causal_scan(phi, state: State, q, keys):
     """Buf2 with a causal mask, Eq. 11 by chunks: quadratic inside, the state between them.
 
-    state: of what comes before. q and keys in chunks -> [T/t,B,H,t,C]. A row is scaled by the
-    largest log scale up to it, so nothing that comes later changes a bit of it. The backward pass
-    keeps one state for each chunk, and recomputes the rest.
+    state: that of the tokens before. q and keys in chunks -> [T/t,B,H,t,C]. A row is scaled by the
+    largest log scale up to it, so that no later key can change it, not even its last bit. The
+    backward pass keeps one state for each chunk, and recomputes the rest.
     """
     t = q.shape[3]
     seen = jnp.tril(jnp.ones((t, t), bool))[None, None]  # [1,1,t,t]
@@ -388,8 +393,9 @@ def chunks_of(x, chunk):
 def attention_matrix(q, k, projection, **options):
     """The matrix that favor_attention multiplies v by, to look at. [B,H,T,S].
 
-    q [B,T,H,K], k [B,S,H,K]; the options are those of favor_attention.
+    q [B,T,H,K], k [B,S,H,K]; the options are those of favor_attention, except seq_axis.
     """
+    require("seq_axis" not in options, "attention_matrix takes no seq_axis")
     B, S, H, _ = k.shape
     one_for_each_key = jnp.broadcast_to(jnp.eye(S)[None, :, None, :], (B, S, H, S))
     return favor_attention(q, k, one_for_each_key.astype(q.dtype), projection, **options).swapaxes(
@@ -408,6 +414,10 @@ def check_arguments(q, k, v, projection, features, causal, mask, chunk):
         f"{shapes} are not [B,T,H,K], [B,S,H,K], [B,S,H,V]",
     )
     require(q.size and k.size and v.size, f"{shapes}: none may be empty")
+    require(
+        q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating),
+        f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, not all of the same floating type",
+    )
     require(
         callable(features) or features in [*SOFTMAX_KERNELS, "relu"],
         f"features={features!r} is none of {[*SOFTMAX_KERNELS, 'relu']}, and no function",
@@ -461,8 +471,9 @@ def init_state(batch, heads, features, value_size) -> State:
 def decode_step(state: State, q, k, v, projection, *, features="positive"):
     """One token: its key joins the state, then its query sees all keys so far.
 
-    q, k [B,1,H,K], v [B,1,H,V] -> (state, out [B,1,H,V]). Time and memory do not depend on how many
-    there were. Raises ValueError as favor_attention does, and for a state of other sizes.
+    q, k [B,1,H,K], v [B,1,H,V] -> (state, out [B,1,H,V]). Time and memory do not depend on the
+    number of tokens before. Raises ValueError as favor_attention does, and for a state of other
+    sizes.
     """
     check_arguments(q, k, v, projection, features, causal=True, mask=None, chunk=1)
     k_features = features_of(heads_first(k), projection, features)
@@ -479,7 +490,7 @@ def decode_step(state: State, q, k, v, projection, *, features="positive"):
     return state, normalize(buffer).swapaxes(1, 2).astype(q.dtype)
 
 
-# ==== Sharding: the sequence cut over devices =====================================================
+# ==== Sharding: the sequence sharded over devices =================================================
 
 
 def state_of_all_devices(state: State, axis) -> State:
@@ -517,7 +528,7 @@ def same_axes(tree):  # same in every file
 LENGTH = 4096  # of Fig. 4, with a head of 16
 DIM = 16
 SAMPLES = 15
-NORMS = (1, 2, 4)  # of queries and keys, on average
+NORMS = (1, 2, 4)  # of queries and keys, root mean square
 NUMBERS = (16, 64, 256, 1024)  # of features
 ROWS = 256  # queries for which the error is computed
 PROJECTIONS = {"orthogonal": orthogonal_projection, "independent": gaussian_projection}

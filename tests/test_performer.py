@@ -571,6 +571,8 @@ WRONG = [
     ({"k": X[..., :4]}, "k (2, 6, 4, 4), v (2, 6, 4, 8) are not [B,T,H,K]"),
     ({"q": X[:, :, :2]}, "q (2, 6, 2, 8), k"),
     ({"q": X[:, :0]}, "none may be empty"),
+    ({"k": X.astype("float16")}, "q is float32, k float16, v float32, not all of the same"),
+    ({name: X.astype(int) for name in "qkv"}, "not all of the same floating type"),
     ({"projection": SMALL[:, :4]}, "the projection is (32, 4), not [features, 8]"),
     ({"projection": SMALL[0]}, "the projection is (8,), not [features, 8]"),
     ({"projection": None}, "features='positive' needs a projection"),
@@ -587,6 +589,11 @@ WRONG = [
 def test_attention_refuses(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         favor_attention(**({"q": X, "k": X, "v": X, "projection": SMALL} | change))
+
+
+def test_attention_matrix_refuses_a_mesh_axis():
+    with pytest.raises(ValueError, match="attention_matrix takes no seq_axis"):
+        performer.attention_matrix(X, X, SMALL, seq_axis="seq")
 
 
 def test_projections_refuse():

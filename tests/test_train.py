@@ -724,7 +724,7 @@ def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_pat
 
     tuned = tmp_path / "tuned"
     checkpoint = ["--checkpoint", out / "model.npz", "--image-size", 16, "--out", tuned]
-    run(*flags, *checkpoint, model="mixer")
+    run(*flags, *checkpoint, "--steps", 2, model="mixer")
     about = json.loads((tuned / "model.json").read_text())
     larger = change(trained, image_size=16, tokens_mlp=32, stochastic_depth=0.0)
     assert mixer.Config(**about["config"]) == larger

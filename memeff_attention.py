@@ -120,7 +120,8 @@ def attention_by_definition(q, k, v, *, return_lse=False, **options):
     all B H T S scores.
     """
     plan, x = prepare(q, k, v, **options)
-    T, S = x.q.shape[-2], x.k.shape[-2]
+    T = x.q.shape[-2]
+    S = x.k.shape[-2]
     k = at_least_float32(x.k)
     v = at_least_float32(x.v)
 
@@ -177,7 +178,8 @@ def attention_checkpointed(q, k, v, *, q_chunk=1024, kv_chunk=4096):
     scores for the gradient. q [B,T,H,K], k [B,S,H,K], v [B,S,H,V] -> [B,T,H,V].
     """
     B, T, H, K = q.shape
-    S, V = v.shape[1], v.shape[3]
+    S = v.shape[1]
+    V = v.shape[3]
     t = min(q_chunk, T)
     s = min(kv_chunk, S)
 
@@ -318,7 +320,7 @@ def prepare(
     kv_chunk=None,
 ):
     """Checks the arguments of attention, and returns them as a Plan and Arrays."""
-    q, k, v = jnp.asarray(q), jnp.asarray(k), jnp.asarray(v)
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
     check_qkv(q, k, v)
     check_masking(causal, window, query_offset, q_chunk, kv_chunk)
     B, T, H, K = q.shape
@@ -634,7 +636,9 @@ def tile_mask(plan: Plan, x: Arrays, tile: Tile):
         shape = (1, 1, 1, *shape)
     rows = tile.row + lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
     keys = tile.key + lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
-    mask, q_segments, kv_segments = None, None, None
+    mask = None
+    q_segments = None
+    kv_segments = None
     if x.mask is not None:
         mask = tile.rectangle(x.mask)
     if x.q_segments is not None:

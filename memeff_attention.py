@@ -6,7 +6,7 @@
     out = attention(q, k, v, mask=mask, bias=bias)  # of shapes that broadcast to [B,H,T,T]
 
     # A sequence that is sharded over the devices of mesh axis "seq":
-    mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
     ring = functools.partial(ring_attention, axis_name="seq", causal=True)
     cut = jax.P(None, "seq")
     out = jax.jit(jax.shard_map(ring, mesh=mesh, in_specs=cut, out_specs=cut))(q, k, v)
@@ -43,7 +43,7 @@ Run       python memeff_attention.py
           below what the abstract states, 59 and 32.
 Axes      B batch  T queries  S keys  G heads of keys  R = H / G heads of queries for each of them
           H heads of queries  K size of a query or key  V size of a value
-          t queries and s keys of a tile.  T|1: T, or 1 for what is the same for all.
+          t queries and s keys of a tile.  T|1: length T, or 1 if it broadcasts.
           Inside shard_map B, T and S are sizes per device.
 """
 
@@ -96,8 +96,8 @@ class Arrays(NamedTuple):
     v: jax.Array  # [B,G,1,S,V]
     bias: jax.Array | None = None  # [B|1,G|1,R|1,T|1,S|1]
     mask: jax.Array | None = None  # [B|1,G|1,R|1,T|1,S|1]
-    q_segments: jax.Array | None = None  # [B,1,1,T,1]
-    kv_segments: jax.Array | None = None  # [B,1,1,1,S]
+    q_segments: jax.Array | None = None  # [B|1,1,1,T|1,1]
+    kv_segments: jax.Array | None = None  # [B|1,1,1,1,S|1]
 
 
 class Softmax(NamedTuple):
@@ -108,7 +108,7 @@ class Softmax(NamedTuple):
     out: jax.Array  # [B,G,R,T,V], the sum of exp(score - highest) v; after `divide` the output
 
 
-def nonzero(total):
+def one_if_zero(total):
     """total, with 1 in place of 0: queries that see nothing are divided by 1."""
     return jnp.where(total > 0, total, 1)
 
@@ -134,16 +134,16 @@ def attention_by_definition(q, k, v, *, return_lse=False, **options):
     scores = jnp.where(see, scores, -jnp.inf)
 
     highest = jnp.maximum(scores.max(-1, keepdims=True), LEAST)  # finite where nothing is seen
-    highest = lax.stop_gradient(highest)  # no result depends on it
+    highest = lax.stop_gradient(highest)  # it cancels in out and in highest + log(total)
     terms = jnp.exp(scores - highest)
     total = terms.sum(-1, keepdims=True)
-    weights = terms / nonzero(total)
+    weights = terms / one_if_zero(total)
     results = Softmax(highest, total, weights @ v)
     return heads_last(results, x.q.dtype, return_lse)
 
 
 def visible(plan: Plan, rows, keys, mask=None, q_segments=None, kv_segments=None):
-    """Whether queries see keys. Indices rows [...,t,1] and keys [...,1,s] -> bool [...,t,s]."""
+    """Whether queries see keys. Indices rows and keys that broadcast to [...,t,s] -> bool."""
     position = rows + plan.query_offset
     see = jnp.ones(jnp.broadcast_shapes(rows.shape, keys.shape), bool)
     if plan.causal:
@@ -191,7 +191,7 @@ def attention_checkpointed(q, k, v, *, q_chunk=1024, kv_chunk=4096):
 
     chunks = chunks_of(k, s), chunks_of(v, s), jnp.arange(0, S, s)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing could be merged again
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # needed outside of loops only
     def summarize_chunk(q, chunk):
         k, v, first_key = chunk
         scores = jnp.einsum("bthk,bshk->bhts", q * K**-0.5, k)
@@ -210,7 +210,6 @@ def attention_checkpointed(q, k, v, *, q_chunk=1024, kv_chunk=4096):
         weight = jnp.exp(highest - highest.max(0, keepdims=True))
         return (out * weight).sum(0) / (total * weight).sum(0)  # [B,H,t,V]
 
-    chunks = chunks_of(k, s), chunks_of(v, s), jnp.arange(0, S, s)
     out = lax.map(attend_chunk, chunks_of(q, t))  # [T/t,B,H,t,V]
     out = out.transpose(1, 0, 3, 2, 4).reshape(B, -1, H, V)
     return out[:, :T].astype(q.dtype)  # without the padding
@@ -249,11 +248,11 @@ def attention(
     window          with causal: only the last `window` of these keys
     q_segments      int [B,T], and kv_segments int [B,S]: queries see the keys of their own segment
     scale           1 / sqrt(K) by default
-    q_chunk         the tile has q_chunk x kv_chunk scores; the defaults are in tile_shapes. Smaller
-                    tiles need less memory
+    q_chunk         queries of a tile, by default as in tile_shapes; smaller tiles need less memory
+    kv_chunk        keys of a tile, likewise
     implementation  "xla", which computes in float32 at least; or "pallas", which runs the forward
-                    pass in one kernel, without bias, mask, segments and sharding, and multiplies
-                    bfloat16 weights by bfloat16 values
+                    pass in one kernel with tiles of its own, without bias, mask, segments and
+                    shard_map's check_vma, and rounds weights to the dtype of v
     return_lse      also log(sum(exp(scores))), [B,H,T]; -inf for a query that sees nothing
 
     Call it under jit; everything but the arrays must be static. A score below -1e30 counts as not
@@ -359,7 +358,7 @@ def check_qkv(q, k, v):
         k.shape[:3] == v.shape[:3] and k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3],
         f"{shapes} are not [B,T,H,K], [B,S,G,K], [B,S,G,V]",
     )
-    require(q.size and k.size and v.size, f"{shapes}: none may be empty")
+    require(q.size and v.size, f"{shapes}: none may be empty")
     H = q.shape[2]
     G = k.shape[2]
     require(H % G == 0, f"{H} heads of q are not a multiple of {G} heads of k and v")
@@ -377,7 +376,7 @@ def check_qkv(q, k, v):
 
 
 def check_masking(causal, window, query_offset, q_chunk, kv_chunk):
-    """Raises ValueError for a number that is not whole, or so large that int32 may overflow."""
+    """Raises ValueError unless the numbers are whole, in the range of int32, and go together."""
     for name, n in (("window", window), ("q_chunk", q_chunk), ("kv_chunk", kv_chunk)):
         require(
             n is None or (isinstance(n, int | np.integer) and 1 <= n <= 2**30),
@@ -388,6 +387,7 @@ def check_masking(causal, window, query_offset, q_chunk, kv_chunk):
         f"query_offset={query_offset} is not a whole number from {-(2**30)} to {2**30}",
     )
     require(causal or window is None, f"window={window} needs causal=True")
+    require(causal or query_offset == 0, f"query_offset={query_offset} needs causal=True")
 
 
 def broadcastable(name, x, kind, full):
@@ -422,7 +422,7 @@ def heads_last(results, dtype, return_lse):
     out = results.out.reshape(B, G * R, T, V).swapaxes(1, 2).astype(dtype)
     if not return_lse:
         return out
-    lse = results.highest + jnp.log(nonzero(results.total))
+    lse = results.highest + jnp.log(one_if_zero(results.total))
     lse = jnp.where(results.total > 0, lse, -jnp.inf)
     return out, lse.reshape(B, G * R, T)
 
@@ -466,9 +466,9 @@ def tile_shapes(x: Arrays, causal, window, q_chunk=None, kv_chunk=None):
 
 
 def heads_at_once(x: Arrays):
-    """How many heads, as a part of (B, G, R), a tile has: on a CPU one, up to 1.8 times as fast.
+    """How many heads a tile has, on the axes B, G and R: one or all.
 
-    With few scores, and elsewhere, all.
+    One on a CPU with at least FEW scores for each head: up to 1.8 times as fast.
     """
     few = x.q.shape[-2] * x.k.shape[-2] < FEW
     if few or jax.default_backend() != "cpu":
@@ -476,11 +476,11 @@ def heads_at_once(x: Arrays):
     return 1, 1, 1
 
 
-def tile_table(plan: Plan, T, S, t, s, masked):
+def tile_table(plan: Plan, T, S, t, s, has_mask):
     """The tiles of T x S in which some query sees some key, as far as causal and window tell.
 
     Two int arrays [n,4]: the tiles in which every query sees every key, and those that need a mask
-    (with masked=True all). The columns are row and key, where a tile starts, and first_row and
+    (with has_mask all). The columns are row and key, where a tile starts, and first_row and
     first_key, where its own part starts. They differ for a last tile that is moved back to fit:
     what it shares with the tile before is hidden there.
     """
@@ -494,7 +494,7 @@ def tile_table(plan: Plan, T, S, t, s, masked):
     high = row + t - 1 + plan.query_offset  # and of the last
 
     any_seen = np.full(len(row), True)
-    all_seen = (row == first_row) & (key == first_key) & (not masked)
+    all_seen = (row == first_row) & (key == first_key) & (not has_mask)
     if plan.causal:
         any_seen &= first_key <= high
         all_seen &= last_key <= low
@@ -515,8 +515,8 @@ class Tile(NamedTuple):
     head: tuple  # where it starts on the axes B, G and R
     row: jax.Array  # its first query
     key: jax.Array  # its first key
-    first_row: jax.Array  # the first query, and key, that no other tile has: see tile_table
-    first_key: jax.Array
+    first_row: jax.Array  # the first query that counts; those before belong to another tile
+    first_key: jax.Array  # the same of the keys
 
     def queries(self, x):
         """x [B|1,G|1,R|1,T|1,n] -> [...,t,n]."""
@@ -567,6 +567,7 @@ def scan_tiles(plan: Plan, t, s, add_tile, carry, x: Arrays):
     """Folds add_tile(carry, tile) -> carry over all tiles, head by head; returns the last carry."""
     block = heads_at_once(x)
     counts = [n // size for n, size in zip(x.q.shape[:3], block)]
+    # Where each block starts: its number, since a block has one head or is the only one.
     heads = np.indices(counts).reshape(3, -1).T.astype(np.int32)  # [number of blocks,3]
 
     def scan_table(carry, table, masked):
@@ -689,7 +690,7 @@ def running_softmax(plan: Plan, softmax: Softmax, x: Arrays) -> Softmax:
 
 def divide(softmax: Softmax) -> Softmax:
     """v* / s*, the last step of Eq. 1; zeros for a query that sees nothing."""
-    return softmax._replace(out=softmax.out / nonzero(softmax.total))
+    return softmax._replace(out=softmax.out / one_if_zero(softmax.total))
 
 
 # ==== The gradient of attention ===================================================================
@@ -707,9 +708,9 @@ class Rows(NamedTuple):
 def rows_of(results: Softmax, cotangents: Softmax) -> Rows:
     """The Rows of what attend returned, and of its cotangents.
 
-    That of highest is ignored: no result depends on the maximum.
+    That of highest is ignored: another maximum would give the same results.
     """
-    total = nonzero(results.total)
+    total = one_if_zero(results.total)
     delta = (results.out * cotangents.out).sum(-1, keepdims=True) / total - cotangents.total
     return Rows(results.highest, total, cotangents.out, delta)
 
@@ -721,8 +722,9 @@ def accumulate_gradients(plan: Plan, grads: Arrays, x: Arrays, rows: Rows) -> Ar
 
         terms_j (v_j.dout / total - delta),  delta = out.dout / total - (gradient of total).
 
-    The scores are those of running_softmax, to the bit, and their terms come from its maximum and
-    sum. From a rounded log-sum-exp instead, errors were 4 to 20 times as large for 8 keys.
+    The scores are those of running_softmax, to the bit (not those of the kernel), and their terms
+    come from its maximum and sum. From a rounded log-sum-exp instead, errors were 4 to 20 times as
+    large for 8 keys.
     """
     # If XLA on a CPU sees that q is constant, dk is wrong (JAX 0.10.2, 0.12.0.1): hide it.
     x = x._replace(q=lax.optimization_barrier(x.q))
@@ -808,9 +810,9 @@ def ring_attention(
 
     The blocks of this device, q [B,T,H,K], k [B,S,G,K] and v [B,S,G,V] -> [B,T,H,V]. Keys and
     values go once round the ring of n devices, while each device works on the block that it holds:
-    at any time two blocks of keys and values, one of which is on its way. The forward pass has 2n
-    ppermutes, the backward pass 4n, since the gradients of keys and values travel with them. The
-    last of n moves brings all back to their owners.
+    at any time it has two blocks of keys and values, one of which is in transit. The forward pass
+    has 2n ppermutes, the backward pass 4n, since the gradients of keys and values travel with them.
+    The last of n moves brings all back to their owners.
 
     The devices hold the sequence in its order. With a causal mask device 0 is then busy in one of n
     steps, the last device in all; the zigzag order of examples/long_context.py halves the time.
@@ -1012,7 +1014,7 @@ def flash_kernel(q_ref, k_ref, v_ref, highest_ref, total_ref, out_ref, *, plan, 
     highest, total, out = lax.fori_loop(first, end, add_tile, carry)
     highest_ref[...] = highest
     total_ref[...] = total
-    out_ref[...] = out / nonzero(total)
+    out_ref[...] = out / one_if_zero(total)
 
 
 # ==== Demo: the paper's experiment (Tables 2 and 3) ===============================================
@@ -1125,7 +1127,7 @@ def main(argv=None) -> int:
     """Returns the exit status: 1 if less memory is saved than the paper says, 2 for bad input."""
     parser = argparse.ArgumentParser(description="The memory and time of attention against n.")
     parser.add_argument(
-        "--longest", type=int, default=14, help="up to n = 2 to this power, 8 to 20"
+        "--longest", type=int, default=14, help="up to n = 2 to this power, even, 8 to 20"
     )
     parser.add_argument("--out", default="memeff_attention.png", help="where to draw the figure")
     args = parser.parse_args(argv)

@@ -275,6 +275,35 @@ def test_a_masked_key_is_as_if_it_were_not_there(features):
         close(padded[:, : short.shape[1]], short, 1e-5)
 
 
+def test_a_denominator_that_is_too_small_gives_zeros():
+    buffer = jnp.array([[2.0, 4.0, 2.0], [2e-31, 4e-31, 1e-31], [0.0, 0.0, 0.0]])
+    out, pull = jax.vjp(performer.normalize, buffer)
+    assert out.tolist() == [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]
+    (grad,) = pull(jnp.ones_like(out))
+    assert grad.tolist() == [[0.5, 0.5, -1.5], [0.0] * 3, [0.0] * 3]
+
+
+@pytest.mark.usefixtures("quick")
+def test_causal_where_the_first_keys_are_padding():
+    """They have no scale, and the queries there see nothing."""
+    q, k, v = normal(*[(1, 12, 2, 8)] * 3)
+    mask = jnp.arange(12)[None] >= 6
+    out = favor_attention(q, k, v, SMALL, causal=True, mask=mask, chunk=4)
+    assert not out[:, :6].any()
+    close(out[:, 6:], favor_attention(*(x[:, 6:] for x in (q, k, v)), SMALL, causal=True), 1e-6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_long_key_leaves_the_chunks_after_it_finite():
+    """A trigonometric feature has the scale exp(|k|^2 / 2): here exp(141)."""
+    q, k, v = normal(*[(1, 12, 2, 8)] * 3)
+    k = k.at[:, 1].set(10.0)
+    run = functools.partial(favor_attention, features="trigonometric", causal=True, chunk=4)
+    out, pull = jax.vjp(lambda *qkv: run(*qkv, SMALL), q, k, v)
+    assert all(bool(jnp.isfinite(x).all()) for x in (out, *pull(out)))
+    close(out, by_hand(q, k, v, SMALL, "trigonometric", causal=True)[0], 1e-3)
+
+
 # ==== Claims ======================================================================================
 
 
@@ -415,6 +444,19 @@ def test_c5_flops_and_memory_grow_linearly(causal, gradient):
     assert long[1] <= 2.1 * short[1]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_c5_the_gradient_keeps_no_features(causal):
+    """8,192 queries and keys have 67 MB of features; with states for each chunk 2.4 MB are kept."""
+    projection = jnp.ones((1024, 8))
+
+    def run(*qkv):
+        return favor_attention(*qkv, projection, causal=causal).sum()
+
+    x = jax.ShapeDtypeStruct((1, 8192, 1, 8), "float32")
+    memory = jax.jit(jax.grad(run, (0, 1, 2))).lower(x, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 20e6
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 @pytest.mark.parametrize("features", KINDS)
@@ -525,6 +567,23 @@ def test_c9_devices_give_the_numbers_of_one(n, causal):
     largest = max(float(jnp.abs(x).max()) for x in want_grads)
     for got, wanted in zip(grads, want_grads):
         close(got, wanted, 2e-5, largest)
+
+
+@pytest.mark.usefixtures("quick")
+def test_c9_a_device_that_has_only_padding_sees_nothing():
+    """The first of four: it must not take the keys of later devices for earlier ones."""
+    q, k, v = normal(*[(1, 32, 2, 8)] * 3)
+    mask = jnp.arange(32)[None] >= 8
+    mesh = jax.make_mesh((4,), ("seq",), axis_types=(AxisType.Auto,))
+
+    def local(q, k, v, mask):
+        return favor_attention(q, k, v, SMALL, causal=True, mask=mask, chunk=4, seq_axis="seq")
+
+    cut = P(None, "seq")
+    run = jax.shard_map(local, mesh=mesh, in_specs=(cut,) * 4, out_specs=cut)
+    out = jax.jit(run)(q, k, v, mask)
+    assert not out[:, :8].any()
+    close(out, favor_attention(q, k, v, SMALL, causal=True, mask=mask), 1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -257,6 +257,17 @@ def test_take_over_starts_from_the_weights_and_ends_with_performer(monkeypatch, 
     assert capsys.readouterr().out.strip().endswith(", performer")
 
 
+@pytest.mark.long
+def test_softmax_weights_that_are_taken_over_recover(capsys):
+    """Sec. 4.3: softmax weights serve FAVOR+ after some more steps, here 120."""
+    assert byte_lm.main(["--take-over", "120", "--generate", "0"]) == 0
+    lines = re.findall(r"held-out bits per byte: (.*), of .*, (.*)", capsys.readouterr().out)
+    assert [kind for _, kind in lines] == ["memeff", "performer", "performer"]
+    before, right_after, at_the_end = (float(bits) for bits, _ in lines)
+    assert right_after > before + 0.2
+    assert at_the_end < right_after - 0.4 * (right_after - before)
+
+
 def test_program_stops_at_a_loss_that_is_not_finite(text, tmp_path, capsys):
     out = tmp_path / "model.npz"
     flags = [*TINY, "--data", text, "--steps", "8", "--learning-rate", "1e38", "--out", str(out)]

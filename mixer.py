@@ -1047,7 +1047,7 @@ def place(mesh, images, labels):  # same in every file
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
-def make_optimizer(steps):
+def make_optimizer(steps):  # same in every file
     """Adam with the settings of the recipe "digits" and a cosine schedule of `steps` steps."""
     recipe = RECIPES["digits"]
     warmup = min(recipe.warmup, steps - 1)

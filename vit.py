@@ -274,7 +274,7 @@ def embed(params, images, config: Config):
     return x + params["position"]
 
 
-def project_qkv(x, weights, dtype):
+def project_qkv(x, weights, dtype):  # same in every file
     """Eq. 5: queries, keys and values by one matrix product. [B,T,D] -> three [B,H,T,K]."""
     # The three kernels side by side are one dense layer from D to 3 x H x K.
     layers = [weights[name] for name in ("query", "key", "value")]
@@ -287,7 +287,7 @@ def project_qkv(x, weights, dtype):
     return q, k, v
 
 
-def attention_weights(q, k):
+def attention_weights(q, k):  # same in every file
     """Eq. 6: A = softmax(q k^T / sqrt(K)) over the keys, in float32.
 
     q [B,H,T,K], k [B,H,S,K] -> [B,H,T,S].
@@ -297,7 +297,7 @@ def attention_weights(q, k):
     return jax.nn.softmax(scores, axis=-1)
 
 
-def attention_reference(q, k, v):
+def attention_reference(q, k, v):  # same in every file
     """Eq. 7: the values v, averaged by attention weight: A v. Three [B,H,T,K] -> [B,H,T,K]."""
     weights = attention_weights(q, k).astype(v.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights, v)
@@ -592,14 +592,14 @@ def init_params(key: jax.Array, config: Config) -> dict:
     return treedef.unflatten(arrays)
 
 
-def interpolation_matrix(old, new):
+def interpolation_matrix(old, new):  # same in every file
     """Matrix [new,old] that resamples `old` values at `new` points, linearly, ends aligned."""
     points = np.linspace(0, old - 1, new)
     distance = np.abs(points[:, None] - np.arange(old))
     return np.maximum(0, 1 - distance)  # the two nearest values share a weight of 1
 
 
-def resize_position_embedding(positions, old_grid, new_grid, prefix):
+def resize_position_embedding(positions, old_grid, new_grid, prefix):  # same in every file
     """Position embeddings for another grid of patches, by 2D interpolation (Sec. 3.2).
 
     [prefix+old,D] -> [prefix+new,D], for grids (rows, columns) of old and new patches. The first
@@ -1098,7 +1098,7 @@ def load_digits(path):  # same in every file
     return images[order][..., None], labels[order].astype(np.int32)
 
 
-def augment(images, rng):
+def augment(images, rng):  # same in every file
     """Shifts each picture by up to two pixels in any direction. uint8 [B,height,width,C]."""
     B, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")

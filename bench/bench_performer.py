@@ -302,7 +302,7 @@ def main():
         f"`python bench/bench_performer.py --pairs {args.pairs}` on {machine()}; "
         f"load {load:.1f} at the start.",
         "",
-        f"Float32, n = {LENGTH:,}, {HEADS} heads of {SIZE}, {FEATURES} positive features; all times",
+        f"Float32, n = {LENGTH:,}, {HEADS} heads of {SIZE}, {FEATURES} positive features; times",
         f"include them. Medians of {args.pairs} interleaved rounds, with their range. Ratio:",
         "peer / ours, above 1 ours is faster; beside our own form that is not causal the other way",
         "round: causal / not causal.",

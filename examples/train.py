@@ -66,7 +66,7 @@ from probe import FOLDS, probe  # noqa: E402
 
 from vit import axis_if_split, make_mesh, read_npz, require, run_program  # noqa: E402
 
-MODELS = [name for name in ("vit", "mixer", "moe") if (ROOT / f"{name}.py").exists()]
+MODELS = ("vit", "mixer")
 OPTIMIZERS = ("adam", "adamw", "sgd", "amos")
 GRADIENTS = ("plain", "sam", "gsam")
 PERTURB = ("global", "shard")

@@ -30,7 +30,8 @@ OWN = {
     *("Config", "State", "Recipe", "SIZES", "param_table", "init_params", "block", "encode"),
     *("forward", "loss_fn", "param_specs", "init_state", "global_loss", "make_train_step", "adapt"),
     *("infer_config", "official_places", "from_official", "to_official", "load", "save"),
-    *("released_names", "embed", "mlp", "train", "draw", "main"),
+    *("released_names", "embed", "self_attention", "mlp", "train", "draw", "main"),
+    "standard_config",
 }
 # What makes a demo as short as two steps of training; most need TWO_STEPS and nothing else.
 TWO_STEPS = "--steps 2 --data tiny.npz"

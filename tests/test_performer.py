@@ -16,6 +16,7 @@ import performer
 from common import ROOT, close, count, matmul_flops
 from performer import Features, favor_attention
 
+pytestmark = pytest.mark.usefixtures("quick")
 golden = functools.partial(common.golden, "performer")
 GOLDENS = [path.stem for path in sorted((ROOT / "tests/golden/performer").glob("*.npz"))]
 
@@ -82,7 +83,6 @@ def official_attention(q, k, v, projection, config):
     return out * (denominator / altered)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", [name for name in GOLDENS if name.startswith("attn")])
 def test_golden_of_attention_and_its_gradients(name):
     meta, arrays = golden(name)
@@ -129,7 +129,6 @@ def features_by_tag(tag, x, projection):
     return official_trigonometric(x, projection)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ["features_positive", "features_sincos", "features_generalized"])
 def test_golden_of_the_features_and_their_gradients(name):
     _, arrays = golden(name)
@@ -240,7 +239,6 @@ def test_features_by_hand():
     np.testing.assert_allclose(phi(performer.relu_features), [2.001], rtol=1e-6)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("features", KINDS)
 def test_attention_is_the_quadratic_form(features):
     """Cross attention with a mask; a row of the batch in which no key is left gives zeros."""
@@ -249,17 +247,17 @@ def test_attention_is_the_quadratic_form(features):
     mask[2] = False
     run = functools.partial(favor_attention, projection=SMALL, features=features)
     want, matrix = by_hand(q, k, v, SMALL, features, mask=mask)
-    got = run(q, k, v, mask=jnp.asarray(mask), chunk=4)
+    got = jax.jit(functools.partial(run, chunk=4))(q, k, v, mask=jnp.asarray(mask))
     close(got, want, 3e-5)  # trigonometric sums cancel
     assert not got[2].any()
     options = {"features": features, "mask": jnp.asarray(mask)}
-    close(performer.attention_matrix(q, k, SMALL, **options), matrix, 3e-5)
-    grads = jax.grad(lambda *x: run(*x, mask=jnp.asarray(mask)).sum(), (0, 1, 2))(q, k, v)
+    close(jax.jit(lambda: performer.attention_matrix(q, k, SMALL, **options))(), matrix, 3e-5)
+    gradient = jax.grad(lambda *x: run(*x, mask=jnp.asarray(mask)).sum(), (0, 1, 2))
+    grads = jax.jit(gradient)(q, k, v)
     assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
     assert not any(grad[2].any() for grad in grads)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("features", ["positive", "trigonometric"])
 def test_a_masked_key_is_as_if_it_were_not_there(features):
     """Long keys, which have a large scale where features are trigonometric."""
@@ -269,7 +267,7 @@ def test_a_masked_key_is_as_if_it_were_not_there(features):
     for causal in (False, True):
         queries = normal((1, 9, 2, 8), seed=1)[0] if causal else q
         options = {"projection": SMALL, "features": features, "causal": causal, "chunk": 4}
-        run = functools.partial(favor_attention, **options)
+        run = jax.jit(functools.partial(favor_attention, **options))
         padded = run(queries, huge, v, mask=mask)
         short = run(queries[:, :7], k[:, :7], v[:, :7])
         close(padded[:, : short.shape[1]], short, 1e-5)
@@ -283,23 +281,22 @@ def test_a_denominator_that_is_too_small_gives_zeros():
     assert grad.tolist() == [[0.5, 0.5, -1.5], [0.0] * 3, [0.0] * 3]
 
 
-@pytest.mark.usefixtures("quick")
 def test_causal_where_the_first_keys_are_padding():
     """They have no scale, and the queries there see nothing."""
     q, k, v = normal(*[(1, 12, 2, 8)] * 3)
     mask = jnp.arange(12)[None] >= 6
-    out = favor_attention(q, k, v, SMALL, causal=True, mask=mask, chunk=4)
+    run = jax.jit(functools.partial(favor_attention, projection=SMALL, causal=True, chunk=4))
+    out = run(q, k, v, mask=mask)
     assert not out[:, :6].any()
-    close(out[:, 6:], favor_attention(*(x[:, 6:] for x in (q, k, v)), SMALL, causal=True), 1e-6)
+    close(out[:, 6:], run(*(x[:, 6:] for x in (q, k, v))), 1e-6)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_long_key_leaves_the_chunks_after_it_finite():
     """A trigonometric feature has the scale exp(|k|^2 / 2): here exp(141)."""
     q, k, v = normal(*[(1, 12, 2, 8)] * 3)
     k = k.at[:, 1].set(10.0)
     run = functools.partial(favor_attention, features="trigonometric", causal=True, chunk=4)
-    out, pull = jax.vjp(lambda *qkv: run(*qkv, SMALL), q, k, v)
+    out, pull = jax.vjp(jax.jit(lambda *qkv: run(*qkv, SMALL)), q, k, v)
     assert all(bool(jnp.isfinite(x).all()) for x in (out, *pull(out)))
     close(out, by_hand(q, k, v, SMALL, "trigonometric", causal=True)[0], 1e-3)
 
@@ -332,8 +329,10 @@ SOFTMAX = list(performer.SOFTMAX_KERNELS.items())
 PROJECTIONS = [performer.orthogonal_projection, performer.gaussian_projection]
 
 
-@pytest.mark.parametrize("make_projection", PROJECTIONS)
-@pytest.mark.parametrize(("name", "features"), SOFTMAX)
+@pytest.mark.parametrize(
+    ("name", "features", "make_projection"),
+    [*((*kind, PROJECTIONS[0]) for kind in SOFTMAX), (*SOFTMAX[0], PROJECTIONS[1])],
+)
 def test_c1_the_features_are_unbiased(name, features, make_projection):
     """Lemma 1: 2,000 projections of 16 rows, within 4 standard errors."""
     x, y = pair_of(1.0, 0.6)
@@ -344,17 +343,16 @@ def test_c1_the_features_are_unbiased(name, features, make_projection):
 
 
 def test_c1_the_official_blocks_are_biased():
-    """The mean of 20,000 estimates with |q| = |k| = 0.5, each from a block of 8 rows."""
+    """The mean of 20,000 estimates of exp(0.25), q = k, each from a block of 8 rows."""
     official = functools.partial(performer.orthogonal_projection, official=True)
-    for cosine in (0.5, 1.0):
-        x, y = pair_of(0.5, cosine)
-        ratios = []
-        for make in (official, performer.orthogonal_projection):
-            found = estimates(performer.positive_features, make, x, y, 8, 20_000)
-            ratios.append(found.mean() / np.exp(x @ y))
-        error = found.std() / math.sqrt(len(found)) / np.exp(x @ y)
-        assert abs(ratios[1] - 1) < 4 * error, "ours"
-        assert abs(ratios[0] - 1) > 0.03 > 4 * error, "official"
+    x, y = pair_of(0.5, 1.0)
+    ratios = []
+    for make in (official, performer.orthogonal_projection):
+        found = estimates(performer.positive_features, make, x, y, 8, 20_000)
+        ratios.append(found.mean() / np.exp(x @ y))
+    error = found.std() / math.sqrt(len(found)) / np.exp(x @ y)
+    assert abs(ratios[1] - 1) < 4 * error, "ours"
+    assert abs(ratios[0] - 1) > 0.03 > 4 * error, "official"
 
 
 def squared_errors(x, y):
@@ -384,12 +382,12 @@ def test_c2_positive_features_win_where_the_kernel_is_small():
     x, y = pair_of(2.0, -1.0)
     errors = {}
     for name, features in SOFTMAX:
-        found = estimates(features, performer.orthogonal_projection, x, y, 64, 2000)
+        found = estimates(features, performer.gaussian_projection, x, y, 64, 2000)
         errors[name] = ((found - np.exp(x @ y)) ** 2).mean()
     assert errors["trigonometric"] > 100 * errors["positive"]
 
 
-@pytest.mark.parametrize("cosine", [-0.5, 0.0, 0.5])
+@pytest.mark.parametrize("cosine", [-0.5, 0.5])
 def test_c3_orthogonal_projections_have_the_smaller_error(cosine):
     """Theorem 2 of the arXiv version: smaller by at least its bound, 8 rows, 40,000 draws."""
     x, y = pair_of(0.5, cosine)
@@ -414,15 +412,15 @@ def test_c4_the_error_falls_as_one_over_the_root_of_the_features():
 
     def error(features):
         def one(key):
-            projection = performer.orthogonal_projection(key, features, 16)
+            projection = performer.gaussian_projection(key, features, 16)
             return jnp.square(favor_attention(q, k, v, projection) - exact).mean()
 
         return float(
-            jnp.sqrt(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 20)).mean())
+            jnp.sqrt(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 16)).mean())
         )
 
-    few, many = error(64), error(1024)
-    assert few / many == pytest.approx(4, rel=0.25)
+    few, many = error(32), error(288)  # nine times as many
+    assert few / many == pytest.approx(3, rel=0.2)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -457,9 +455,10 @@ def test_c5_the_gradient_keeps_no_features(causal):
     assert memory.temp_size_in_bytes < 20e6
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("chunk", [1, 5, 64])
-@pytest.mark.parametrize("features", KINDS)
+CHUNKS = [("positive", 1), ("positive", 64), *((kind, 5) for kind in KINDS)]
+
+
+@pytest.mark.parametrize(("features", "chunk"), CHUNKS)
 def test_c6_causal_is_the_masked_quadratic_form(features, chunk):
     """Values and gradients, at a length that no chunk but 1 divides."""
     q, k, v, cotangent = normal(*[(2, 23, 2, 8)] * 4)
@@ -503,7 +502,6 @@ def test_c6_no_output_depends_on_the_future(chunk):
             assert (before[:, t + 1 :] != after[:, t + 1 :]).any()
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("features", ["positive", "trigonometric"])
 def test_c7_decoding_gives_the_same_numbers(features):
     q, k, v = normal((2, 9, 3, 8), (2, 9, 3, 8), (2, 9, 3, 4))
@@ -518,7 +516,6 @@ def test_c7_decoding_gives_the_same_numbers(features):
     assert state.sums.shape == (2, 3, width, 5)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("features", KINDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_c8_finite_in_bfloat16_at_a_norm_of_30(features, causal):
@@ -546,9 +543,7 @@ def on_devices(n, **options):
     return jax.shard_map(local, mesh=mesh, in_specs=(cut, cut, cut), out_specs=cut)
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("n", [2, 4, 8])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n", "causal"), [(2, True), (4, True), (8, True), (2, False), (8, False)])
 def test_c9_devices_give_the_numbers_of_one(n, causal):
     q, k, v, cotangent = normal(*[(2, 48, 2, 8)] * 4)
     options = {"causal": causal, "chunk": 4}
@@ -569,7 +564,6 @@ def test_c9_devices_give_the_numbers_of_one(n, causal):
         close(got, wanted, 2e-5, largest)
 
 
-@pytest.mark.usefixtures("quick")
 def test_c9_a_device_that_has_only_padding_sees_nothing():
     """The first of four: it must not take the keys of later devices for earlier ones."""
     q, k, v = normal(*[(1, 32, 2, 8)] * 3)
@@ -610,7 +604,6 @@ def test_c9_traffic_does_not_depend_on_the_length(causal):
     assert numbers_sent(64) == numbers_sent(256) == wanted
 
 
-@pytest.mark.usefixtures("quick")
 def test_heads_cut_over_a_mesh_axis():
     """Each device has its own heads; nothing is exchanged."""
     q, k, v = normal(*[(2, 12, 4, 8)] * 3)
@@ -682,11 +675,11 @@ def test_decoding_refuses():
 @pytest.fixture
 def small_demo(monkeypatch):
     monkeypatch.setattr(performer, "LENGTH", 64)
-    monkeypatch.setattr(performer, "NUMBERS", (16, 256))
+    monkeypatch.setattr(performer, "NUMBERS", (256,))
     monkeypatch.setattr(performer, "SAMPLES", 2)
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_measures_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(performer, "measure_speed", lambda lengths: SPEEDS)
     out = tmp_path / "figure.png"
@@ -718,7 +711,6 @@ def test_demo_fails_on_a_bad_result(error, seconds, status, monkeypatch, tmp_pat
     assert performer.main(["--out", str(tmp_path / "x.png")]) == status
 
 
-@pytest.mark.usefixtures("quick")
 def test_demo_measures_speed_and_keeps_to_its_memory(monkeypatch, capsys):
     speeds = performer.measure_speed([256])
     assert all(row[0].seconds > 0 and row[0].memory > 0 for row in speeds.values())

@@ -453,9 +453,27 @@ def load_loss(logits, noisy_logits, valid, k, deviation):
     [G,M].
     """
     threshold = lax.top_k(noisy_logits, k)[0][:, :, -1:]  # [G,M,1]
-    chosen = jax.scipy.stats.norm.cdf((logits - threshold) / deviation)
+    chosen = normal_cdf((logits - threshold) / deviation)
     load = jnp.where(valid[:, :, None], chosen, 0).sum(1)  # [G,E]
     return squared_variation(load)
+
+
+@jax.custom_jvp
+def normal_cdf(x):
+    """The probability that standard normal noise is below x.
+
+    Its derivative is stated, since that of erf fails inside shard_map with JAX 0.12.
+    """
+    return (1 + lax.erf(x / math.sqrt(2))) / 2
+
+
+@normal_cdf.defjvp
+def normal_cdf_jvp(primals, tangents):
+    """The derivative is the normal density."""
+    (x,) = primals
+    (tangent,) = tangents
+    density = jnp.exp(-jnp.square(x) / 2) / math.sqrt(2 * math.pi)
+    return normal_cdf(x), density * tangent
 
 
 def squared_variation(x):

@@ -38,8 +38,8 @@ Checked   google-research/vmoe @ 942a78b: logits, losses and gradients of whole 
           at all. The claims are tests in tests/test_moe.py.
 Run       python moe.py
           77 s on two CPU cores. Trained with a capacity factor of 1.05 and tested with 0.25, Batch
-          Prioritized Routing gets 2.1 points more of the held-out digits right (73.8 %, not
-          71.7 %); below 0.5 points it fails
+          Prioritized Routing gets 2.9 points more of the held-out digits right (75.0 %, not
+          72.1 %; 1.7 points more with JAX 0.12); below 0.5 points it fails
 Axes      B batch  T tokens of an image, class token first  G groups  M tokens of a group
           E experts  k experts of a token  c slots of an expert for one group  D width  F hidden
           units  H heads  K features of a head  S keys  L blocks  N classes  R representation
@@ -1266,7 +1266,7 @@ DIGITS = Config(
 )
 FACTORS = (1.05, 0.5, 0.25)  # capacity factors of the test
 REPORT = 100  # steps between lines of progress
-EXPECTED = 2.1  # points of accuracy that Batch Prioritized Routing saves at the lowest capacity
+EXPECTED = 2.9  # points of accuracy that Batch Prioritized Routing saves at the lowest capacity
 FLOOR = 0.5
 
 

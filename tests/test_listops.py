@@ -125,6 +125,17 @@ def test_padding_does_not_count_and_every_token_does(attention):
     close(other[1], want[1], 1e-6)
 
 
+def test_the_value_is_read_from_the_class_token():
+    """Without attention and MLP it knows of no other token: all trees look alike."""
+    params = byte_lm.init_params(jax.random.key(0), TINY)
+    for name in ("out", "mlp2"):
+        params["blocks"][name] = 0 * params["blocks"][name]
+    tokens, lengths, _ = listops.draw_examples(8, 10, 64, seed=0)
+    assert len(set(tokens[:, 1])) > 1
+    logits = listops.forward(params, tokens, lengths, TINY)
+    close(logits, np.tile(logits[:1], (8, 1)), 1e-6)
+
+
 def test_the_loss_is_the_mean_cross_entropy():
     config = TINY
     params = byte_lm.init_params(jax.random.key(0), config)

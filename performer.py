@@ -15,18 +15,18 @@ Here      Algorithm 1 (FAVOR+), without and with a causal mask (App. B.1); posit
           features (Eq. 7), trigonometric ones (Sec. 2.3), any function of a projection (Eq. 5);
           orthogonal and independent projections (Sec. 2.4). Beyond the paper: a sequence that is
           sharded over devices.
-Not here  The Performer as a model (examples/byte_lm.py takes its attention from this file);
-          redrawing during training (pass another projection); a GPU kernel.
+Not here  The Performer as a model (examples/byte_lm.py and examples/listops.py take their attention
+          from this file); redrawing during training (pass another projection); a GPU kernel.
 Differs   From the official code:
           Orthogonal blocks are uniformly distributed. Official blocks are not, since the signs of
           the QR decomposition are not fixed, and their estimate is biased: its mean is 0.81 to 0.91
           times exp(q.k) at K = 8. official=True repeats those draws.
-          Each key keeps a log scale of its own, and sums are rescaled to a running maximum. The
+          Each key has its own log scale, and the sums are rescaled whenever a larger one comes. The
           official code subtracts the maximum over all keys, future ones too, and adds 1e-6 after
           exp: with a causal mask a large last key changed outputs before it by up to 2.3.
           The quotient is exact. The official one adds 2e-6 to denominators below 1e-6, which at a
-          length of 4,096 alters 67 % of the causal rows. A denominator below 1e-30 gives zeros,
-          where the official code gives NaN for 0.
+          length of 4,096 alters 67 % of the causal rows. Here only a denominator below 1e-30 is
+          special: it gives zeros.
 Claims    Tested in tests/test_performer.py:
           C1 the features are unbiased (Lemma 1)
           C2 where exp(q.k) is small, positive features have a far smaller error than trigonometric
@@ -42,11 +42,12 @@ Checked   google-research/google-research @ 0c1bbe5, performer/fast_attention/ja
           attention and gradients agree within 2.5e-6 of the largest value, projections too.
 Run       python performer.py
           68 s on two CPU cores. With 256 features at |q| = |k| = 2 the error of attention is 0.18
-          of its size, and at a length of 4,096 it is 9 times as fast as softmax attention. Exits
-          with status 1 above 0.25 or below 2 times.
+          of its size, and at a length of 4,096 it is 9 times as fast as softmax attention. The exit
+          status is 1 if the error is above 0.25 or the speed-up below 2.
 Axes      B batch  T queries  S keys  H heads  K size of a query and a key  V size of a value
-          M features  C = V + 1, a value and an appended 1  t tokens of a chunk.  Inside shard_map
-          sizes are per device.
+          M rows of the projection, and features; hyperbolic and trigonometric features are 2M
+          C = V + 1, a value and an appended 1  t tokens of a chunk. Inside shard_map sizes are
+          those of one device.
 """
 
 import argparse
@@ -139,36 +140,43 @@ def check_sizes(features, dim):
     require(dim >= 1, f"dim={dim} is not at least 1")
 
 
-# ==== Features: E[phi(x).phi(y)] = SM(x, y) = exp(x.y) ============================================
+# ==== Features ====================================================================================
+# Those of the softmax kernel: the mean of phi(x).phi(y) is SM(x, y) = exp(x.y). Then other kernels.
 
 
 class Features(NamedTuple):
     """phi(x) = exp(log_scale) * values: phi itself may be too large or small for float32.
 
-    log_scale is under stop_gradient. The gradient of phi is complete without it, since the same
-    number is subtracted within the values.
+    log_scale is under stop_gradient. No gradient is lost: the same number is subtracted within the
+    values, so that it cancels in phi.
     """
 
     values: jax.Array  # [...,T,M]
     log_scale: jax.Array  # [...,T,1]
 
 
+def project(x, projection):
+    """w.x for each row w of the projection. [...,K] -> [...,M]."""
+    # A GPU or TPU would multiply float32 in fewer digits, and exp makes much of their loss.
+    return jnp.matmul(x, projection.T, precision="highest")
+
+
 def positive_features(x, projection) -> Features:
     """exp(w.x - |x|^2 / 2), the features of FAVOR+ (Lemma 1, Eq. 7). [...,K] -> [...,M]."""
-    exponents = x @ projection.T - half_square(x)  # [...,M]
+    exponents = project(x, projection) - half_square(x)
     return exponential(exponents)
 
 
 def hyperbolic_features(x, projection) -> Features:
     """exp(w.x - |x|^2 / 2) and exp(-w.x - |x|^2 / 2), Eq. 7. [...,K] -> [...,2M]."""
-    projected = x @ projection.T
+    projected = project(x, projection)
     exponents = jnp.concatenate([projected, -projected], axis=-1) - half_square(x)
     return exponential(exponents)
 
 
 def trigonometric_features(x, projection) -> Features:
     """cos(w.x) exp(|x|^2 / 2) and the same with sin (Sec. 2.3). [...,K] -> [...,2M]."""
-    projected = x @ projection.T
+    projected = project(x, projection)
     waves = jnp.concatenate([jnp.cos(projected), jnp.sin(projected)], axis=-1)
     exponent = half_square(x)
     log_scale = lax.stop_gradient(exponent)
@@ -182,9 +190,13 @@ def relu_features(x, projection) -> Features:
 
 
 def generalized_features(x, projection, function, epsilon=1e-3) -> Features:
-    """f(w.x) + epsilon for any f (Eq. 5, h = 1); f(x) + epsilon without a projection."""
+    """f(w.x) + epsilon for any f, and f(x) + epsilon without a projection.
+
+    Eq. 5 with h = 1, without its 1 / sqrt(M), which the quotient cancels. The official code adds
+    the epsilon.
+    """
     if projection is not None:
-        x = x @ projection.T
+        x = project(x, projection)
     values = function(x) + epsilon
     return Features(values, jnp.zeros_like(values[..., :1]))
 
@@ -211,7 +223,7 @@ SOFTMAX_KERNELS = {
 # ==== FAVOR+ (Algorithm 1) ========================================================================
 
 LEAST = -1e30  # the log scale of no keys; finite, since -inf minus -inf is NaN
-TINY = 1e-30  # smaller denominators count as 0: float32 has no digits left of them
+TINY = 1e-30  # smaller denominators count as 0, well before float32 ends at 1e-38
 
 
 class State(NamedTuple):
@@ -236,18 +248,21 @@ def favor_attention(
     """Attention by random features: D^-1 A V with A = phi(q) phi(k)^T (Eq. 4, Algorithm 1).
 
     q [B,T,H,K], k [B,S,H,K], v [B,S,H,V], projection [M,K] -> [B,T,H,V] in q's dtype, computed in
-    float32 at least, in O((T + S) M (K + V)) time for each head. It is close to softmax attention
-    where |q| and |k| are small: the relative variance grows as exp(|q + k|^2 / sqrt(K)) / M (Lemma
-    2). Weights that were trained with softmax attention have to be trained on.
+    float32 at least, in O((T + S) M (K + V)) time for each head. The estimate of exp(q.k / sqrt(K))
+    is good where |q| and |k| are small: with independent rows its relative variance is
+    (exp(|q + k|^2 / sqrt(K)) - 1) / M for positive features (Lemma 2). Weights that were trained
+    with softmax attention need some more training.
 
-    features   "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)). "relu" is
-               another kernel, which needs no projection. Or a function that makes Features of a
-               chunk x [B,H,t,K], which is not scaled by K^-1/4, and the projection
+    features   "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)); the sums
+               of the last can be near 0, and an output then large. "relu" is another kernel, which
+               needs no projection. A function (x, projection) -> Features is a kernel of one's own:
+               its x is a chunk [B,H,t,K] that has not been scaled by K^-1/4
     causal     query i sees the keys 0 ... i
-    mask       bool [B,S], False for keys that are padding. A query without keys gives zeros
-    chunk      how many tokens are worked on at once. The result is the same for all
-    seq_axis   inside shard_map: the mesh axis over which the sequence is sharded. The n devices
-               exchange their states, n B H (M (V + 1) + 1) numbers whatever the length
+    mask       bool [B,S], False for keys that are padding. A query without keys gives zeros; so
+               does one whose kernel with all its keys is below 1e-30 of the largest
+    chunk      how many tokens are worked on at once; up to rounding the result is the same for all
+    seq_axis   inside shard_map: the mesh axis over which the sequence is sharded. Each device sends
+               its state, B H (M (V + 1) + 1) numbers whatever the length
 
     Raises ValueError for arguments that do not go together.
     """
@@ -256,13 +271,14 @@ def favor_attention(
     dtype = q.dtype
     if mask is None:
         mask = jnp.ones(k.shape[:2], bool)
+    else:  # what stands in the padding does not matter, be it NaN
+        k = jnp.where(mask[:, :, None, None], k, 0)
+        v = jnp.where(mask[:, :, None, None], v, 0)
     phi = functools.partial(features_of, projection=projection, features=features)
-    ones = jnp.ones_like(v[..., :1])
-    c = jnp.concatenate([v, ones], axis=-1)  # C = [V 1]
     q = chunks_of(heads_first(q), chunk)
     keys = (
         chunks_of(heads_first(k), chunk),
-        chunks_of(heads_first(c), chunk),
+        chunks_of(heads_first(with_ones(v)), chunk),
         chunks_of(mask[:, None, :, None], chunk),  # what pads the last chunk is hidden
     )
 
@@ -275,7 +291,7 @@ def favor_attention(
         state = add_keys(phi, state, keys)
         if seq_axis:
             state = state_of_all_devices(state, seq_axis)
-        buffer = lax.map(jax.checkpoint(lambda q: read(phi(q), state)), q)
+        buffer = lax.map(jax.checkpoint(lambda chunk: read(phi(chunk), state)), q)
 
     buffer = jnp.moveaxis(buffer, 0, 2)  # [B,H,T/t,t,C]
     B, H = buffer.shape[:2]
@@ -286,13 +302,18 @@ def favor_attention(
 def features_of(x, projection, features) -> Features:
     """The features of queries or keys. [B,H,T,K] -> values [B,H,T,M], log_scale [B,H,T,1]."""
     if projection is not None:
-        projection = at_least_float32(projection)
+        projection = projection.astype(x.dtype)
     if callable(features):
         return features(x, projection)
     if features == "relu":
         return relu_features(x, projection)
     x = x * x.shape[-1] ** -0.25  # on q and on k, which gives 1 / sqrt(K)
     return SOFTMAX_KERNELS[features](x, projection)
+
+
+def with_ones(v):
+    """C = [V 1]: the sums over the keys then hold numerator and denominator. [...,V] -> [...,C]."""
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
 
 def heads_first(x):
@@ -321,19 +342,20 @@ def add_keys(phi, state: State, keys) -> State:
 
 
 def read(q: Features, state: State):
-    """Buf2 = Q' Buf1, up to a factor for each query, which the quotient cancels. [B,H,T,C]."""
+    """Buf2 = Q' Buf1, without the factors exp(log_scale), which the quotient cancels. [B,H,T,C]."""
     return q.values @ state.sums
 
 
 def normalize(buffer):
-    """[Buf3 buf4] -> Buf3 / buf4; zeros where buf4 is below TINY. [B,H,T,C] -> [B,H,T,V]."""
+    """[Buf3 buf4] -> Buf3 / buf4; zeros where |buf4| is below TINY. [B,H,T,C] -> [B,H,T,V]."""
     numerator = buffer[..., :-1]
     denominator = buffer[..., -1:]
-    some = jnp.abs(denominator) > TINY
-    # Divided by its size first: the gradient of a / b has b^2 in it, which is 0 for a small b.
-    size = lax.stop_gradient(jnp.where(some, denominator, 1))
-    quotient = (numerator / size) / jnp.where(some, denominator / size, 1)
-    return jnp.where(some, quotient, 0)
+    none = jnp.abs(denominator) <= TINY  # False for NaN, which so shows in the output
+    # Both are divided by the denominator's value first. Else the gradient would divide by its
+    # square, which float32 rounds to 0 where the denominator is small.
+    divisor = lax.stop_gradient(jnp.where(none, 1, denominator))
+    quotient = (numerator / divisor) / jnp.where(none, 1, denominator / divisor)
+    return jnp.where(none, 0, quotient)
 
 
 def merge_states(first: State, second: State) -> State:
@@ -345,7 +367,7 @@ def merge_states(first: State, second: State) -> State:
 
 
 def empty_state(phi, k, c, mask) -> State:
-    """The state of no keys, for keys in chunks."""
+    """The state with which a scan over keys in chunks begins: that of no keys."""
     B, H = k.shape[1:3]
     M = jax.eval_shape(phi, k[0]).values.shape[-1]
     state = init_state(B, H, M, c.shape[-1] - 1)
@@ -355,11 +377,12 @@ def empty_state(phi, k, c, mask) -> State:
 
 
 def causal_scan(phi, state: State, q, keys):
-    """Buf2 with a causal mask, Eq. 11 by chunks: quadratic inside, the state between them.
+    """Buf2 with a causal mask (Eq. 11), chunk by chunk. q and keys in chunks -> [T/t,B,H,t,C].
 
-    state: that of the tokens before. q and keys in chunks -> [T/t,B,H,t,C]. A row is scaled by the
-    largest log scale up to it, so that no later key can change it, not even its last bit. The
-    backward pass keeps one state for each chunk, and recomputes the rest.
+    Inside a chunk this is the quadratic form with its mask; all earlier chunks are in the state,
+    which begins as that of the tokens before. Each row is scaled by the largest log scale of the
+    keys that it can see, so that no later key changes even its last bit. The backward pass keeps
+    one state for each chunk, and computes the rest again.
     """
     t = q.shape[3]
     seen = jnp.tril(jnp.ones((t, t), bool))[None, None]  # [1,1,t,t]
@@ -398,9 +421,8 @@ def attention_matrix(q, k, projection, **options):
     require("seq_axis" not in options, "attention_matrix takes no seq_axis")
     B, S, H, _ = k.shape
     one_for_each_key = jnp.broadcast_to(jnp.eye(S)[None, :, None, :], (B, S, H, S))
-    return favor_attention(q, k, one_for_each_key.astype(q.dtype), projection, **options).swapaxes(
-        1, 2
-    )
+    out = favor_attention(q, k, one_for_each_key.astype(q.dtype), projection, **options)
+    return out.swapaxes(1, 2)
 
 
 def check_arguments(q, k, v, projection, features, causal, mask, chunk):
@@ -426,7 +448,7 @@ def check_arguments(q, k, v, projection, features, causal, mask, chunk):
         require(projection is not None, f"features={features!r} needs a projection")
     if projection is not None:
         require(
-            projection.ndim == 2 and projection.shape[1] == q.shape[3],
+            projection.ndim == 2 and projection.shape[1] == q.shape[3] and len(projection) > 0,
             f"the projection is {projection.shape}, not [features, {q.shape[3]}]",
         )
     if mask is not None:
@@ -440,7 +462,8 @@ def check_arguments(q, k, v, projection, features, causal, mask, chunk):
         f"causal=True with {q.shape[1]} queries and {k.shape[1]} keys",
     )
     require(
-        isinstance(chunk, int) and chunk >= 1, f"chunk={chunk} is not a whole number of at least 1"
+        isinstance(chunk, int | np.integer) and chunk >= 1,
+        f"chunk={chunk} is not a whole number of at least 1",
     )
 
 
@@ -475,17 +498,19 @@ def decode_step(state: State, q, k, v, projection, *, features="positive"):
     number of tokens before. Raises ValueError as favor_attention does, and for a state of other
     sizes.
     """
-    check_arguments(q, k, v, projection, features, causal=True, mask=None, chunk=1)
+    check_arguments(q, k, v, projection, features, causal=False, mask=None, chunk=1)
+    for name, x in {"q": q, "k": k}.items():
+        require(x.shape[1] == 1, f"{name} has {x.shape[1]} tokens, decode_step takes one")
     k_features = features_of(heads_first(k), projection, features)
-    c = heads_first(jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1))
-    B, H, T, M = k_features.values.shape
+    c = heads_first(with_ones(v))
+    B, H, _, M = k_features.values.shape
     wanted = (B, H, M, c.shape[-1])
     require(
-        T == 1 and state.sums.shape == wanted,
-        f"state and {T} token(s): its sums are {state.sums.shape}, one token needs {wanted}",
+        state.sums.shape == wanted,
+        f"the sums of the state are {state.sums.shape}, these arguments need {wanted}",
     )
-    there = jnp.ones((B, 1, 1, 1), bool)
-    state = merge_states(state, summarize(k_features, c, there))
+    mask = jnp.ones((B, 1, 1, 1), bool)
+    state = merge_states(state, summarize(k_features, c, mask))
     buffer = read(features_of(heads_first(q), projection, features), state)
     return state, normalize(buffer).swapaxes(1, 2).astype(q.dtype)
 
@@ -529,8 +554,8 @@ LENGTH = 4096  # of Fig. 4, with a head of 16
 DIM = 16
 SAMPLES = 15
 NORMS = (1, 2, 4)  # of queries and keys, root mean square
-NUMBERS = (16, 64, 256, 1024)  # of features
-ROWS = 256  # queries for which the error is computed
+FEATURES = (16, 64, 256, 1024)  # how many of them
+QUERIES = 256  # for which the error is computed
 PROJECTIONS = {"orthogonal": orthogonal_projection, "independent": gaussian_projection}
 KINDS = ("positive", "trigonometric")
 HEAD = 64  # of the table of times, one head with 256 features
@@ -540,11 +565,11 @@ MOST_ERROR = 0.25
 LEAST_RATIO = 2.0
 
 
-def make_errors(kind, make_projection, features):
+def make_errors(kind, make_projection, rows):
     """A jitted function of (q, k, v, exact, keys): the relative error for each key."""
 
     def error(q, k, v, exact, key):
-        projection = make_projection(key, features, DIM)
+        projection = make_projection(key, rows, DIM)
         out = favor_attention(q, k, v, projection, features=kind)
         return jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
 
@@ -556,17 +581,18 @@ def make_errors(kind, make_projection, features):
 
 
 def measure_errors(seed):
-    """Prints the errors; returns {(norm, kind, projection): [error for each of NUMBERS]}."""
+    """Prints the errors; returns {(norm, kind, projection): [error for each of FEATURES]}."""
     print(f"error of attention, n = {LENGTH}, a head of {DIM}: median of {SAMPLES} projections")
-    print(f"{'|q|, |k|':<10}{'features':<28}", *[f"M={m:<6}" for m in NUMBERS])
-    q, k, v = jax.random.normal(jax.random.key(seed), (3, 1, LENGTH, 1, DIM))
-    q = q[:, :ROWS]
-    keys = jax.random.split(jax.random.key(seed), SAMPLES)
+    print(f"{'|q|, |k|':<10}{'features':<28}", *[f"M={m:<6}" for m in FEATURES])
+    data_key, projection_key = jax.random.split(jax.random.key(seed))
+    q, k, v = jax.random.normal(data_key, (3, 1, LENGTH, 1, DIM))
+    q = q[:, :QUERIES]
+    keys = jax.random.split(projection_key, SAMPLES)
     functions = {}
     for kind in KINDS:
+        # Trigonometric features come in pairs: half the rows for as many features.
+        rows = [m if kind == "positive" else m // 2 for m in FEATURES]
         for name, make_projection in PROJECTIONS.items():
-            # Trigonometric features come in pairs: half the rows for as many features.
-            rows = [m if kind == "positive" else m // 2 for m in NUMBERS]
             functions[kind, name] = [make_errors(kind, make_projection, m) for m in rows]
     errors = {}
     for norm in NORMS:
@@ -576,7 +602,8 @@ def measure_errors(seed):
             found = [float(jnp.median(f(q * scale, k * scale, v, exact, keys))) for f in row]
             errors[norm, kind, name] = found
             cells = [f"{error:<8.3f}" for error in found]
-            print(f"{norm:<10}{f'{kind}, {name}':<28}", *cells, flush=True)
+            label = f"{kind}, {name}"
+            print(f"{norm:<10}{label:<28}", *cells, flush=True)
     print()
     return errors
 
@@ -584,7 +611,7 @@ def measure_errors(seed):
 class Speed(NamedTuple):
     """What a function of q, k and v costs."""
 
-    seconds: float  # the least of five runs; NaN if it was not run
+    seconds: float  # the least of five runs; infinite if it was not run
     memory: int  # bytes beside inputs and results
 
 
@@ -594,7 +621,7 @@ def speed_of(function, n) -> Speed:
     compiled = jax.jit(function).lower(*qkv).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     if memory > MOST_MEMORY:
-        return Speed(math.nan, memory)
+        return Speed(math.inf, memory)
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -614,13 +641,13 @@ def measure_speed(lengths):
         "FAVOR+, causal": functools.partial(favor, causal=True),
     }
     print(f"milliseconds and MB, one head of {HEAD}, 256 positive features")
-    print(f"{'n':>8}", *[f"{name:>22}" for name in functions])
+    print(f"{'n':>8}", *[f"{name:>23}" for name in functions])
     speeds = {name: [] for name in functions}
     for n in lengths:
         for name, function in functions.items():
             speeds[name].append(speed_of(function, n))
-        row = [row[-1] for row in speeds.values()]
-        cells = [f"{s.seconds * 1e3:9,.1f} ms {s.memory / 1e6:7,.1f} MB" for s in row]
+        latest = [history[-1] for history in speeds.values()]
+        cells = [f"{s.seconds * 1e3:9,.1f} ms {s.memory / 1e6:7,.1f} MB" for s in latest]
         print(f"{n:8,}", *cells, flush=True)
     for form in ("", ", causal"):
         pairs = zip(lengths, speeds[f"softmax{form}"], speeds[f"FAVOR+{form}"])
@@ -639,9 +666,9 @@ def draw(path, errors, lengths, speeds):
         marker = "o" if kind == "positive" else "^"
         style = "-" if name == "orthogonal" else ":"
         label = f"|q| = {norm}: {kind}, {name}"
-        left.plot(NUMBERS, row, color + style, marker=marker, label=label)
+        left.plot(FEATURES, row, color + style, marker=marker, label=label)
     left.set(xlabel="features", ylabel="relative error of attention", xscale="log", yscale="log")
-    left.set_xticks(NUMBERS, [str(m) for m in NUMBERS])
+    left.set_xticks(FEATURES, [str(m) for m in FEATURES])
     left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for name, row in speeds.items():
         color = "C0" if name.startswith("softmax") else "C1"
@@ -666,7 +693,9 @@ def check_out(path):  # same in every file
 def main(argv=None) -> int:
     """Returns the exit status: 1 for a result that is not good enough, 2 for bad input."""
     parser = argparse.ArgumentParser(description="The error and the time of FAVOR+.")
-    parser.add_argument("--longest", type=int, default=14, help="times up to n = 2 to this power")
+    parser.add_argument(
+        "--longest", type=int, default=14, help="the longest sequence is 2 to this power"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="performer.png", help="where to draw the figure")
     args = parser.parse_args(argv)
@@ -681,7 +710,7 @@ def main(argv=None) -> int:
     errors = measure_errors(args.seed)
     lengths = [2**i for i in range(8, args.longest + 1)]
     speeds = measure_speed(lengths)
-    error = errors[2, "positive", "orthogonal"][NUMBERS.index(256)]
+    error = errors[2, "positive", "orthogonal"][FEATURES.index(256)]
     at_4096 = lengths.index(4096)
     ratio = speeds["softmax"][at_4096].seconds / speeds["FAVOR+"][at_4096].seconds
     print(

@@ -6,16 +6,17 @@
 
 Task      "[MAX 2 9 [MIN 4 7 ] 0 ]" has the value 9: ten classes. The operators are MIN, MAX, MED
           (the median, rounded down) and SM (the sum modulo 10). Trees are drawn by the published
-          rules: up to 10 levels, 2 to 10 arguments, each with probability 1/4 an operator; kept are
-          those with a length between --longer-than and --shorter-than, each once. The published
-          lengths are 500 and 2,000, and there are 96,000 examples and 2,000 to test with.
+          rules: up to 10 levels, 2 to 10 arguments, each with probability 1/4 an operator. Trees
+          that are longer than --longer-than and shorter than --shorter-than are kept, without
+          duplicates. The published data have lengths between 500 and 2,000, 96,000 examples to
+          train with and 2,000 to test with.
 Model     That of examples/byte_lm.py without a causal mask, and a class token in front.
           --attention memeff is exact softmax attention (memeff_attention.py), performer is FAVOR+
-          (performer.py) with 256 positive features, both trains one after the other.
+          (performer.py) with 256 positive features; both trains a model with each in turn.
 Run       python examples/listops.py
           3.5 minutes on two CPU cores: softmax attention gets 45 % of 2,000 test trees right,
           FAVOR+ 40 %; the commonest value alone would be right for 15 %
-Axes      B examples  T tokens  D width  H heads  K size of a head
+Axes      B examples  T tokens of the longest tree and a class token
 """
 
 import argparse
@@ -46,7 +47,8 @@ SYMBOLS = [*"0123456789", *OPERATORS, "]", "class"]  # a token is an index into 
 CLOSE = SYMBOLS.index("]")
 CLASS = SYMBOLS.index("class")
 DEEPEST = 10  # levels of a tree
-TESTS = 2000  # examples to test with
+TEST_COUNT = 2000  # examples to test with
+MOST_MISSES = 100_000  # then there are too few trees of the lengths asked for
 REPORT = 100  # steps between lines of progress
 
 
@@ -89,12 +91,20 @@ def draw_examples(count, longer_than, shorter_than, seed):
     lengths = np.zeros(count, np.int32)
     values = np.zeros(count, np.int32)
     known = set()
+    misses = 0  # trees in a row that were of no use
     while len(known) < count:
         tree, value = draw_tree(rng)
-        key = bytes(tree)
-        if longer_than < len(tree) < shorter_than and key not in known:
+        identity = bytes(tree)
+        misses += 1
+        require(
+            misses < MOST_MISSES,
+            f"of {misses:,} trees none was new, longer than {longer_than} and shorter than "
+            f"{shorter_than}, when {len(known):,} of {count:,} had been found",
+        )
+        if longer_than < len(tree) < shorter_than and identity not in known:
+            misses = 0
             row = len(known)
-            known.add(key)
+            known.add(identity)
             tokens[row, : len(tree) + 1] = [CLASS, *tree]
             lengths[row] = len(tree) + 1
             values[row] = value
@@ -147,8 +157,8 @@ def train(config, data, args):
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, opt_state, *batch):
-        grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, right), grads = grad(params, *batch, config)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, right), grads = value_and_grad(params, *batch, config)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, loss, right
 
@@ -173,15 +183,23 @@ def train(config, data, args):
             print(f"{config.attention}, step {i + 1}: loss {loss:.3f}, right {accuracy:.1%}")
             sys.stdout.flush()
     seconds = (time.time() - start) / max(args.steps - 1, 1)
-    return state[0], seconds
+    params, _ = state
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+        raise FloatingPointError(f"{config.attention}, the last step: weights are not finite")
+    return params, seconds
 
 
 def accuracy_of(params, config, data, batch):
     """The share of right answers."""
-    count = jax.jit(lambda *batch: loss_fn(params, *batch, config)[1])
+
+    @jax.jit
+    def count_right(params, *batch):
+        _, right = loss_fn(params, *batch, config)
+        return right
+
     total = 0
     for first in range(0, len(data[0]), batch):
-        total += int(count(*(x[first : first + batch] for x in data)))
+        total += int(count_right(params, *(x[first : first + batch] for x in data)))
     return total / len(data[0])
 
 
@@ -209,14 +227,14 @@ def check_flags(args):
     for name in ("examples", "batch", "steps"):
         require(getattr(args, name) >= 1, f"--{name} {getattr(args, name)} is not at least 1")
     require(
-        0 <= args.longer_than < args.shorter_than - 1,
+        args.longer_than < args.shorter_than - 1,
         f"no length is above --longer-than {args.longer_than} and below --shorter-than "
         f"{args.shorter_than}",
     )
     require(
         args.longer_than >= 10 and args.shorter_than >= 64,
-        f"too few different trees are longer than {args.longer_than} and shorter than "
-        f"{args.shorter_than}: at least 10 and 64",
+        f"--longer-than {args.longer_than} --shorter-than {args.shorter_than} are not at least 10 "
+        "and 64: there would be too few different trees",
     )
     require(0 <= args.seed < 2**32, f"--seed {args.seed} is not in 0 to {2**32 - 1}")
     for name in ("learning_rate", "weight_decay"):
@@ -229,24 +247,32 @@ def run(args):
     check_flags(args)
     kinds = ("memeff", "performer") if args.attention == "both" else (args.attention,)
     configs = [
-        byte_lm.Config(args.width, args.depth, args.heads, 4 * args.width, kind) for kind in kinds
+        byte_lm.Config(
+            width=args.width,
+            depth=args.depth,
+            heads=args.heads,
+            mlp=4 * args.width,
+            attention=kind,
+        )
+        for kind in kinds
     ]
     bounds = args.longer_than, args.shorter_than
-    data = draw_examples(args.examples + TESTS, *bounds, args.seed)
-    train_data = [x[TESTS:] for x in data]
-    test_data = [x[:TESTS] for x in data]
+    data = draw_examples(args.examples + TEST_COUNT, *bounds, args.seed)
+    train_data = [x[TEST_COUNT:] for x in data]
+    test_data = [x[:TEST_COUNT] for x in data]
     _, lengths, values = test_data
-    share = np.bincount(values).max() / TESTS
-    print(f"{args.examples:,} trees, median length {np.median(lengths) - 1:.0f}", flush=True)
-    results = []
+    commonest = np.bincount(values).max() / TEST_COUNT
+    median = np.median(lengths) - 1  # without the class token
+    print(f"{args.examples:,} trees to train with, median length {median:.0f}", flush=True)
     for config in configs:
         params, seconds = train(config, train_data, args)
         accuracy = accuracy_of(params, config, test_data, args.batch)
-        results.append(
-            f"{config.attention}: {accuracy:.1%} of {TESTS:,} test trees right, "
-            f"{seconds * 1e3:.0f} ms a step"
+        print(
+            f"result: {config.attention}: {accuracy:.1%} of {TEST_COUNT:,} test trees right, "
+            f"{seconds * 1e3:.0f} ms a step",
+            flush=True,
         )
-    print("\n".join([*results, f"the commonest value: {share:.1%}"]))
+    print(f"the commonest value is right for {commonest:.1%}")
 
 
 def main(argv=None) -> int:

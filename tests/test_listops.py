@@ -7,6 +7,7 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from common import ROOT, close
@@ -152,15 +153,16 @@ FLAGS += ["--shorter-than", "64"]
 
 
 def test_program_trains_both(capsys, monkeypatch):
-    monkeypatch.setattr(listops, "TESTS", 40)  # the last batch is not whole
+    monkeypatch.setattr(listops, "TEST_COUNT", 40)  # the last batch is not whole
     monkeypatch.setattr(listops, "REPORT", 1)
     assert listops.main(FLAGS) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"64 trees, median length \d+", lines[0])
+    assert re.fullmatch(r"64 trees to train with, median length \d+", lines[0])
     assert re.fullmatch(r"memeff, step 2: loss \d\.\d{3}, right \d+\.\d%", lines[2])
-    for name, line in zip(("memeff", "performer"), lines[5:7]):
-        assert re.fullmatch(rf"{name}: \d+\.\d% of 40 test trees right, \d+ ms a step", line)
-    assert re.fullmatch(r"the commonest value: \d+\.\d%", lines[7])
+    for name, line in zip(("memeff", "performer"), (lines[3], lines[6])):
+        result = rf"result: {name}: \d+\.\d% of 40 test trees right, \d+ ms a step"
+        assert re.fullmatch(result, line)
+    assert re.fullmatch(r"the commonest value is right for \d+\.\d%", lines[7])
 
 
 def test_training_learns_and_tests_on_other_trees(monkeypatch):
@@ -176,18 +178,35 @@ def test_training_learns_and_tests_on_other_trees(monkeypatch):
     seen = []
     monkeypatch.setattr(listops, "train", lambda config, data, args: (seen.append(data), 0.1))
     monkeypatch.setattr(listops, "accuracy_of", lambda *args: seen.append(args[2]) or 0.5)
-    monkeypatch.setattr(listops, "TESTS", 40)
+    monkeypatch.setattr(listops, "TEST_COUNT", 40)
     listops.run(listops.make_parser().parse_args([*FLAGS, "--attention", "memeff"]))
     train_rows, test_rows = (set(map(bytes, data[0])) for data in seen)
     assert len(train_rows) == 64 and len(test_rows) == 40 and not train_rows & test_rows
 
 
 def test_program_stops_at_a_loss_that_is_not_finite(capsys, monkeypatch):
-    monkeypatch.setattr(listops, "TESTS", 16)
+    monkeypatch.setattr(listops, "TEST_COUNT", 16)
     assert listops.main([*FLAGS, "--steps", "8", "--learning-rate", "1e38"]) == 1
     assert re.fullmatch(
         r"listops.py: memeff, step \d: the loss is (nan|inf)\n", capsys.readouterr().err
     )
+
+
+def test_the_weights_of_the_last_step_are_looked_at(capsys, monkeypatch):
+    """No loss is computed with them: the first step's loss is finite, its update is not."""
+    monkeypatch.setattr(listops, "TEST_COUNT", 16)
+    monkeypatch.setattr(optax, "warmup_cosine_decay_schedule", lambda *args: np.inf)
+    assert listops.main([*FLAGS, "--steps", "1", "--attention", "memeff"]) == 1
+    message = "listops.py: memeff, the last step: weights are not finite\n"
+    assert capsys.readouterr().err == message
+
+
+def test_lengths_that_are_too_rare_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr(listops, "MOST_MISSES", 1000)
+    flags = ["--longer-than", "3000", "--shorter-than", "3002"]
+    assert listops.main([*FLAGS, *flags]) == 2
+    message = "of 1,000 trees none was new, longer than 3000 and shorter than 3002, when 0 of 2,064"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,8 +216,8 @@ def test_program_stops_at_a_loss_that_is_not_finite(capsys, monkeypatch):
         (["--batch", "0"], "--batch 0 is not at least 1"),
         (["--steps", "0"], "--steps 0 is not at least 1"),
         (["--longer-than", "99"], "no length is above --longer-than 99 and below --shorter-than"),
-        (["--longer-than", "5"], "too few different trees are longer than 5"),
-        (["--shorter-than", "63"], "shorter than 63: at least 10 and 64"),
+        (["--longer-than", "5"], "--longer-than 5 --shorter-than 100 are not at least 10 and 64"),
+        (["--shorter-than", "63"], "--shorter-than 63 are not at least 10 and 64: there would be"),
         (["--seed", "-1"], "--seed -1 is not in 0 to 4294967295"),
         (["--learning-rate", "nan"], "--learning-rate nan is not a number of at least 0"),
         (["--weight-decay", "-1"], "--weight-decay -1.0 is not a number of at least 0"),

@@ -18,8 +18,9 @@ Here      Mixture of experts (Sec. 2.1), its place in a Vision Transformer, capa
           Batch Prioritized Routing, the importance and load losses (App. A.2), sizes up to 15B,
           experts that are sharded over devices.
 Not here  Dropout; Soft MoE, experts that choose tokens, ensembles (E3), the MAP head, experts
-          without capacity; the released files, which are sharded and not .npz; weights of a dense
-          model as experts.
+          without capacity; the released files, which are sharded and not .npz. Weights of a dense
+          model as experts are made by examples/moe_upcycle.py, serious training is the work of
+          examples/train.py.
 Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, a zero
           head, all experts of a block start alike, capacity is rounded up to a multiple of 4.
           From the official code: the router computes in float32 whatever the dtype; variance as
@@ -37,9 +38,9 @@ Checked   google-research/vmoe @ 942a78b: logits, losses and gradients of whole 
           a CPU differ from theirs by at most 1.4e-6 times the largest value, choices and slots not
           at all. The claims are tests in tests/test_moe.py.
 Run       python moe.py
-          77 s on two CPU cores. Trained with a capacity factor of 1.05 and tested with 0.25, Batch
-          Prioritized Routing gets 2.9 points more of the held-out digits right (75.0 %, not
-          72.1 %; 1.7 points more with JAX 0.12); below 0.5 points it fails
+          81 s on two CPU cores. Trained with a capacity factor of 1.05 and tested with 0.25, Batch
+          Prioritized Routing gets 4.6 points more of the held-out digits right (85.4 %, not
+          80.8 %); below 1 point it fails
 Axes      B batch  T tokens of an image, class token first  G groups  M tokens of a group
           E experts  k experts of a token  c slots of an expert for one group  D width  F hidden
           units  H heads  K features of a head  S keys  L blocks  N classes  R representation
@@ -906,7 +907,7 @@ RECIPES = {
     "to CIFAR": Recipe(
         "sgd", 1024, 1_000, 0.0015, "cosine", 100, 0.0, 10.0, "quoted: official configs"
     ),
-    "digits": Recipe("adam", 32, 700, 3e-3, "cosine", 60, 0.1, 1.0, "reproduced: python moe.py"),
+    "digits": Recipe("adam", 32, 1_000, 3e-3, "cosine", 60, 0.1, 1.0, "reproduced: python moe.py"),
 }
 
 
@@ -1258,16 +1259,19 @@ DIGITS = Config(
     channels=1,
     classes=10,
     width=64,
-    depth=4,
+    depth=2,
     heads=4,
     mlp=128,
-    moe_blocks=(0, 1),  # where the patches differ most from each other
+    pool="gap",
+    moe_blocks=(0, 1),
     experts=8,
+    remat=False,
 )
-FACTORS = (1.05, 0.5, 0.25)  # capacity factors of the test
+FACTORS = (1.05, 0.5, 0.25, 0.1)  # capacity factors of the test
+LOW = 0.25  # that of the result and of the figure's digits
 REPORT = 100  # steps between lines of progress
-EXPECTED = 2.9  # points of accuracy that Batch Prioritized Routing saves at the lowest capacity
-FLOOR = 0.5
+EXPECTED = 4.6  # points of accuracy that Batch Prioritized Routing saves at this capacity
+FLOOR = 1.0
 
 
 def make_mesh(text):  # same in every file
@@ -1453,15 +1457,15 @@ def draw(path, results, params, images):
     ax.minorticks_off()
     ax.legend()
 
-    config = dataclasses.replace(DIGITS, capacity_factor=FACTORS[-1], batch_priority=True)
+    config = dataclasses.replace(DIGITS, capacity_factor=LOW, batch_priority=True)
     shown = images[: config.group]
     inputs = shown.astype(np.float32) / 127.5 - 1
-    kept = np.asarray(kept_patches(params, inputs, config))[:, 1:]  # without the class token
+    kept = np.asarray(kept_patches(params, inputs, config))
     kept = kept.reshape(-1, *config.grid).repeat(4, 1).repeat(4, 2)  # [B,28,28]
     for ax, image, there in zip(right.subplots(2, 4).flat, shown[..., 0], kept):
         ax.imshow(np.where(there, image, 128), cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
-    right.suptitle(f"What BPR drops at a capacity of {FACTORS[-1]}, greyed")
+    right.suptitle(f"What BPR drops at a capacity factor of {LOW}, greyed")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -1502,13 +1506,13 @@ def main(argv=None) -> int:
         print(f"moe.py: {error}", file=sys.stderr)
         return 1
     results = try_capacities(params, mesh, images[:held], labels[:held])
-    saved = results[True][-1] - results[False][-1]
+    saved = results[True][FACTORS.index(LOW)] - results[False][FACTORS.index(LOW)]
     defaults = (args.steps, args.seed, args.data) == (recipe.steps, 0, data)
     if defaults:
         expected = f"expected {EXPECTED} points, at least {FLOOR} points"
     else:
         expected = "expected unknown, at least unknown"
-    print(f"result: accuracy that BPR saves at {FACTORS[-1]}: got {saved:.1f} points, {expected}")
+    print(f"result: accuracy that BPR saves at {LOW}: got {saved:.1f} points, {expected}")
     try:
         draw(args.out, results, params, images)
         print(f"wrote {args.out}")

@@ -2,6 +2,7 @@
 
     python examples/train.py vit --data flowers --size S/16 --epochs 100 --out run
     python examples/train.py mixer --data flowers --size S/16 --epochs 100 --out run
+    python examples/train.py moe --data flowers --size S/32 --set experts=8 --epochs 100 --out run
     python examples/train.py vit --data flowers --checkpoint B_16.npz --recipe "to CIFAR" --out run
     python examples/train.py vit --checkpoint run/model.npz --predict photos --out run
 
@@ -16,6 +17,9 @@ Modes     --checkpoint starts from released or own weights: they are fitted to t
           loss and accuracy on the held-out pictures, which are those of training if --data is
           the same. --predict writes predictions.csv, with the five likeliest classes of every
           picture of a folder.
+Experts   Of moe, --set changes what no other flag does: --set experts=8 --set group=4, and with a
+          checkpoint --set capacity_factor=1.5 --set batch_priority=true. A prediction of moe
+          depends on the other pictures of its group, the pictures beside it in the batch.
 Resume    --resume goes on from the last complete state, bit for bit on the same mesh, no matter
           when the process was killed: batch n depends on the pictures, the flags and n alone. All
           flags must be those of the run, --steps too. Without a state it starts afresh.
@@ -66,7 +70,7 @@ from probe import FOLDS, probe  # noqa: E402
 
 from vit import axis_if_split, make_mesh, read_npz, require, run_program  # noqa: E402
 
-MODELS = ("vit", "mixer")
+MODELS = ("vit", "mixer", "moe")
 OPTIMIZERS = ("adam", "adamw", "sgd", "amos")
 GRADIENTS = ("plain", "sam", "gsam")
 PERTURB = ("global", "shard")
@@ -76,6 +80,10 @@ TRAINING_FLAGS = (
     *("rho", "rho_min", "alpha", "perturb"),
 )
 REGULARIZERS = ("dropout", "stochastic_depth")  # fields of a Config; no model has both
+FIELDS_WITH_FLAGS = (  # fields of a Config that other flags or the pictures determine
+    *("image_size", "patch_size", "channels", "classes", "dtype", "fsdp", "gelu"),
+    *REGULARIZERS,
+)
 
 # ==== Optimizers ==================================================================================
 
@@ -328,15 +336,18 @@ def evaluation_batches(reader, rows, mesh, batch_size):
 
 
 def make_forward(model, config, mesh):
-    """Jitted logits of a whole batch: (params, images [B,H,W,C]) -> [B,N] on every device."""
+    """Jitted logits of a whole batch: (params, batch of B pictures) -> [B,N] on every device."""
     data_axis = axis_if_split(mesh, "data")
     model_axis = axis_if_split(mesh, "model")
+    forward = functools.partial(
+        model.forward, config=config, data_axis=data_axis, model_axis=model_axis
+    )
 
-    def local_logits(params, images):
-        out = model.forward(params, images, config, data_axis=data_axis, model_axis=model_axis)
-        if isinstance(out, tuple):  # moe returns metrics as well
-            out = out[0]
-        return out
+    def local_logits(params, batch):
+        if model.__name__ == "moe":  # a blank example must take no slot of an expert
+            logits, _ = forward(params, batch["images"], valid=batch["labels"] >= 0)
+            return logits
+        return forward(params, batch["images"])
 
     sharded = jax.shard_map(
         local_logits,
@@ -377,7 +388,7 @@ def evaluate(forward, params, batches) -> Result:
     """The Result over all pictures of the batches."""
     sums = np.zeros(3)
     for batch in batches:
-        sums += np.asarray(score(forward(params, batch["images"]), batch["labels"]))
+        sums += np.asarray(score(forward(params, batch), batch["labels"]))
     loss, right, count = sums
     require(count > 0, "none of the held-out pictures can be read")
     return Result(float(loss / count), float(100 * right / count), int(count))
@@ -543,13 +554,14 @@ def load_checkpoint(args):
             config = model.Config(**about["config"])
         except TypeError as error:
             raise ValueError(f"{path} is not readable: {first_line(error)}") from None
+        config = dataclasses.replace(config, **fields_to_set(args))
         classes = about["classes"]
         require(
             not args.gelu or args.gelu == config.gelu,
             f"--gelu {args.gelu} is not that of {path}: leave it out",
         )
     else:
-        fields = {}
+        fields = fields_to_set(args)
         if args.gelu:
             fields["gelu"] = args.gelu
         config = model.infer_config(flat, **fields)
@@ -560,10 +572,33 @@ def load_checkpoint(args):
 # ==== The task ====================================================================================
 
 
+def fields_to_set(args) -> dict:
+    """The fields of the model's Config that --set gives. Raises ValueError for unknown ones."""
+    defaults = {}
+    for field in dataclasses.fields(importlib.import_module(args.model).Config):
+        if field.name not in FIELDS_WITH_FLAGS:
+            defaults[field.name] = field.default
+    fields = {}
+    for text in args.set:
+        name, _, value = text.partition("=")
+        require(name in defaults, f"--set {text}: the field is not one of {', '.join(defaults)}")
+        default = defaults[name]
+        with contextlib.suppress(ValueError):  # a word, such as gap, is no JSON and stays text
+            value = json.loads(value)
+        if type(default) is float and type(value) is int:
+            value = float(value)
+        if type(default) is tuple and type(value) is list:
+            value = tuple(value)
+        kind = int if default is None else type(default)
+        require(type(value) is kind, f"--set {text}: the value is not of type {kind.__name__}")
+        fields[name] = value
+    return fields
+
+
 class Task(NamedTuple):
     """Model, weights and pictures of a run."""
 
-    model: Any  # a module: vit, mixer, moe
+    model: Any  # a module: vit, mixer or moe
     config: Any
     params: Any  # of the checkpoint; None: to be drawn
     source: Any
@@ -612,6 +647,7 @@ def read_task(args) -> Task:
 def from_scratch(args, source, fields):
     """The model's module, no params, and a Config of --size for the source."""
     model = importlib.import_module(args.model)
+    fields.update(fields_to_set(args))
     fields["channels"] = source.channels
     fields["image_size"] = args.image_size or source.size or 224
     if args.patch:
@@ -799,6 +835,9 @@ def train(task: Task, args, mesh, states):
             text = f"step {done}/{args.steps}  loss {row['loss']:.3f} nats"
             if "gap" in row:  # of SAM and GSAM
                 text += f"  gap {row['gap']:.4f}"
+            if "dropped" in row:  # of moe
+                load = f"{row['smallest_load']:.2f} to {row['largest_load']:.2f}"
+                text += f"  load {load}  dropped {row['dropped']:.1%}"
             print(f"{text}  {speed:,.0f} pictures/s  {left:.0f} s left", flush=True)
             if saves:
                 result = evaluated()
@@ -845,7 +884,7 @@ def run_probe(task: Task, args, mesh):
     started = time.time()
     features = []
     for batch in evaluation_batches(reader, task.rows, mesh, args.batch):
-        features.append(np.asarray(forward(params, batch["images"])))
+        features.append(np.asarray(forward(params, batch)))
     features = np.concatenate(features)[: len(task.rows)]
     print(f"features {features.shape} in {time.time() - started:.1f} s", flush=True)
 
@@ -869,7 +908,7 @@ def run_prediction(args, mesh):
     best = min(5, config.classes)
     table = []
     for batch in evaluation_batches(reader, np.arange(len(source.files)), mesh, args.batch):
-        probabilities = np.asarray(jax.nn.softmax(forward(params, batch["images"])))
+        probabilities = np.asarray(jax.nn.softmax(forward(params, batch)))
         labels = multihost_utils.process_allgather(batch["labels"], tiled=True)
         for chances, label in zip(probabilities, labels):
             row = {}
@@ -940,6 +979,13 @@ def make_parser():
         "--image-size",
         type=image_size,
         help="pixels, 224 or 224x320 (default: the checkpoint's; of an .npz: as stored; else 224)",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="another field of the model's Config, such as experts=8 of moe",
     )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of dense layers")
     add("--skip-corrupt", action="store_true", help="report unreadable pictures and skip them")
@@ -1078,6 +1124,10 @@ def fill_in_sharpness(args):
     require(
         args.perturb == "global" or whole,
         "--perturb shard needs all weights on every device: a --mesh with model=1 and no --fsdp",
+    )
+    require(
+        args.perturb == "global" or args.model != "moe",
+        "--perturb shard needs all weights on every device, and those of moe are sharded",
     )
 
 

@@ -21,6 +21,7 @@ import common
 import moe
 from common import ROOT, close, close_gradients, count, matmul_flops, mesh_of, part
 
+pytestmark = pytest.mark.usefixtures("quick")
 golden = functools.partial(common.golden, "moe")
 GOLDENS = [path.stem for path in sorted((ROOT / "tests/golden/moe").glob("*.npz"))]
 TINY = moe.Config(
@@ -85,7 +86,6 @@ def fields_of(official):
     }
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.startswith(("router", "aux"))])
 def test_c1_golden_of_the_router(name):
     """Gates, choices and slots to the integer, both losses and the gradients of each."""
@@ -168,7 +168,6 @@ def test_c1_golden_of_the_capacity():
     assert seen > 500
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.startswith("layer")])
 def test_c1_golden_of_the_layer(name):
     """Outputs and gradients of experts, router and tokens; "indices" is the official index form."""
@@ -360,7 +359,8 @@ def test_mixture_is_the_sum_over_the_chosen_experts():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 7, 16)).astype(np.float32)
     noise = rng.normal(size=(2, 7, 8)).astype(np.float32)
-    got, _ = moe.mixture(jnp.asarray(x), weights, config, noise, jnp.ones(2, bool))
+    run = jax.jit(functools.partial(moe.mixture, config=config, valid=jnp.ones(2, bool)))
+    got, _ = run(x, weights, noise=noise)
     logits = x.astype(np.float64) @ weights["router"]["kernel"] + noise * 2.0 / 8
     gates = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     want = np.zeros((2, 7, 16))
@@ -378,9 +378,16 @@ def test_metrics_by_hand():
     params = random_params(config)
     images = random_batch(config, 4)["images"]
     valid = jnp.array([True, True, True, False])
-    _, metrics = moe.forward(params, images, config, valid=valid, key=jax.random.key(0))
-    noise = moe.draw_noise(jax.random.key(0), 4, config)
-    _, reports = moe.encode(params, images, config, noise=noise, valid=valid)
+
+    @jax.jit
+    def run(params, images, valid):
+        key = jax.random.key(0)
+        _, metrics = moe.forward(params, images, config, valid=valid, key=key)
+        noise = moe.draw_noise(key, 4, config)
+        _, reports = moe.encode(params, images, config, noise=noise, valid=valid)
+        return metrics, reports
+
+    metrics, reports = run(params, images, valid)
     assert list(reports) == [0, 2]
     slots = moe.capacity(2 * config.tokens, config)
     loads, dropped, entropy, importance, load = [], [], [], 0, 0
@@ -409,7 +416,8 @@ def test_metrics_by_hand():
 def test_a_router_that_broke_shows_in_the_metrics():
     params = random_params(TINY)
     params["blocks"]["1"]["router"]["kernel"][3, 3] = np.nan
-    _, metrics = moe.loss_fn(params, random_batch(TINY), jax.random.key(0), TINY)
+    run = jax.jit(functools.partial(moe.loss_fn, config=TINY))
+    _, metrics = run(params, random_batch(TINY), jax.random.key(0))
     for name in ("loss", "importance_loss", "auxiliary_loss", "router_entropy"):
         assert math.isnan(metrics[name]), name
 
@@ -444,13 +452,14 @@ def test_noise_is_drawn_for_every_group_block_token_and_key():
     assert (moe.draw_noise(jax.random.key(1), 4, config) != noise).all()
     params = random_params(config)
     images = random_batch(config, 4)["images"]
-    run = functools.partial(moe.forward, params, images, config)
+    run = jax.jit(functools.partial(moe.forward, params, images, config))
     with_key, metrics = run(key=jax.random.key(0))
     close(with_key, run(noise=noise)[0], 1e-6)
     assert float(abs(with_key - run()[0]).max()) > 1e-3
     assert float(metrics["load_loss"]) > 0 and float(run()[1]["load_loss"]) == 0
     silent = change(config, noise_std=0.0)
-    close(moe.forward(params, images, silent, noise=noise)[0], run()[0], 1e-6)
+    run_silent = jax.jit(functools.partial(moe.forward, params, images, silent))
+    close(run_silent(noise=noise)[0], run()[0], 1e-6)
 
 
 # ==== Claims ======================================================================================
@@ -544,7 +553,6 @@ def one_hot_mixture(x, weights, config):
     return combined.reshape(x.shape)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("factor", [0.3, 4.0])
 def test_c6_index_form_is_the_one_hot_form(factor):
     config = change(TINY, capacity_factor=factor, group=2, batch_priority=True)
@@ -582,7 +590,6 @@ def one_device(experts):
     return config, params, batch, float(value), metrics, moe.named_leaves(grads)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("experts", [8, 16])
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_c7_mesh_gives_the_losses_metrics_and_gradients_of_one_device(devices, experts):
@@ -621,7 +628,6 @@ def test_c7_two_all_to_alls_a_layer():
     assert count_of("all_to_all", change(TINY, remat=False), 4, gradient=True) == 4
 
 
-@pytest.mark.usefixtures("quick")
 def test_c8_one_device_and_eight_drop_the_same_tokens():
     config = change(TINY, capacity_factor=0.5, batch_priority=True)
     params = random_params(config)
@@ -645,7 +651,6 @@ def test_c8_one_device_and_eight_drop_the_same_tokens():
     assert 0.3 < (np.asarray(want) >= moe.capacity(7, config)).mean() < 0.8
 
 
-@pytest.mark.usefixtures("quick")
 def test_train_step_compiles_once_and_equals_optax_on_one_device():
     optimizer = optax.sgd(0.1, momentum=0.9)
     mesh = mesh_of(4, 1)
@@ -677,7 +682,6 @@ def test_train_step_compiles_once_and_equals_optax_on_one_device():
 # ==== Numbers and the compiled program ============================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_bfloat16_routes_as_float32_and_is_finite():
     """At extreme inputs; the router computes in float32."""
     config = change(TINY, dtype="bfloat16")
@@ -689,7 +693,9 @@ def test_bfloat16_routes_as_float32_and_is_finite():
     def loss(params):
         return moe.loss_fn(params, batch, jax.random.key(0), config)[0]
 
-    logits, metrics = moe.forward(params, batch["images"], config)
+    logits, metrics = jax.jit(functools.partial(moe.forward, config=config))(
+        params, batch["images"]
+    )
     assert logits.dtype == jnp.float32
     for leaf in jax.tree.leaves((logits, metrics, jax.jit(jax.grad(loss))(params))):
         assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()
@@ -887,7 +893,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(moe, "FACTORS", (1.05, 0.25))
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_trains_and_draws(digits, tmp_path, capsys):
     out = tmp_path / "d.png"
     flags = ["--data", digits, "--out", str(out), "--steps", "3"]
@@ -905,7 +911,7 @@ def test_demo_trains_and_draws(digits, tmp_path, capsys):
     assert out.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_evaluates_every_digit_once(digits):
     """40 digits are one batch of 32 and one of 8; what fills it up takes no slots."""
     images, labels = moe.load_digits(digits)
@@ -919,7 +925,7 @@ def test_demo_evaluates_every_digit_once(digits):
     assert accuracy == 100 * right / 40 and 0 < metrics["dropped"] < 0.9
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monkeypatch):
     recipe = moe.RECIPES["digits"]._replace(learning_rate=1e38)
     monkeypatch.setitem(moe.RECIPES, "digits", recipe)
@@ -929,7 +935,7 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
     assert not out.exists()
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_prints_its_result_where_it_cannot_draw(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # import fails
     assert moe.main(["--data", digits, "--out", str(tmp_path / "d.png"), "--steps", "1"]) == 0

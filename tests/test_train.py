@@ -19,6 +19,7 @@ import optax
 import pytest
 
 import mixer
+import moe
 import vit
 from common import ROOT, close, close_gradients, golden, mesh_of, part
 
@@ -468,7 +469,7 @@ def test_evaluation_by_hand():
     logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [1, 1, 1]])
     labels = np.array([0, 1, 1, -1])
     result = train.evaluate(
-        lambda params, images: jnp.asarray(logits[images]),
+        lambda params, batch: jnp.asarray(logits[batch["images"]]),
         None,
         [
             {"images": np.array([0, 1]), "labels": jnp.asarray(labels[:2])},
@@ -481,7 +482,7 @@ def test_evaluation_by_hand():
     assert str(result) == "66.7 % of 3 pictures, loss 0.924 nats"
     masked = {"images": np.array([3]), "labels": jnp.array([-1])}
     with pytest.raises(ValueError, match="none of the held-out pictures can be read"):
-        train.evaluate(lambda params, images: jnp.asarray(logits[images]), None, [masked])
+        train.evaluate(lambda params, batch: jnp.asarray(logits[[3]]), None, [masked])
 
 
 # ==== Linear probe ================================================================================
@@ -514,6 +515,9 @@ def test_fit_probe_is_at_its_minimum():
 
 SMALL = vit.Config(patch_size=4, width=16, depth=1, heads=4, mlp=32)
 SMALL_MIXER = mixer.Config(patch_size=4, width=16, depth=2, tokens_mlp=8, channels_mlp=32)
+SMALL_MOE = moe.Config(
+    patch_size=4, width=16, depth=1, heads=2, mlp=16, moe_blocks=(0,), experts=4, group=2
+)
 
 
 @pytest.fixture(autouse=True)
@@ -521,6 +525,7 @@ def small(monkeypatch):
     """A row of SIZES that compiles fast."""
     monkeypatch.setitem(vit.SIZES, "small", SMALL)
     monkeypatch.setitem(mixer.SIZES, "small", SMALL_MIXER)
+    monkeypatch.setitem(moe.SIZES, "small", SMALL_MOE)
 
 
 def run(*flags, status=0, model="vit"):
@@ -731,6 +736,24 @@ def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_pat
     mixer.load(tuned / "model.npz", larger)
 
 
+def test_blank_examples_take_no_slot_of_an_expert():
+    """Whatever they hold, the others of their group get the same logits."""
+    config = change(SMALL_MOE, image_size=8, channels=1, classes=3, capacity_factor=0.5)
+    params = random_params(config, model=moe)
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)
+    blanks = np.array([True, False, True, False])
+    forward = train.make_forward(moe, config, mesh_of(1, 1))
+
+    def logits(images, labels):
+        return np.asarray(forward(params, {"images": images, "labels": labels}))[~blanks]
+
+    labels = np.where(blanks, -1, 0)
+    got = logits(images, labels)
+    other = np.where(blanks[:, None, None, None], 0, images)
+    np.testing.assert_array_equal(got, logits(other, labels))
+    assert np.abs(got - logits(images, np.zeros(4, int))).max() > 0.01  # there they take slots
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long  # test_gsam.py trains vit.py in less time
 @pytest.mark.parametrize(
@@ -776,6 +799,9 @@ def test_flags_of_gsam_are_checked(brightness, tmp_path, capsys):
     whole = "--perturb shard needs all weights on every device: a --mesh with model=1 and no --fsdp"
     refused(whole, f"{shard} --mesh data=2,model=2")
     refused(whole, f"{shard} --fsdp")
+    flags = ["--data", brightness, "--size", "small", "--out", tmp_path, *shard.split()]
+    run(*flags, model="moe", status=2)
+    assert "and those of moe are sharded" in capsys.readouterr().err
 
 
 def test_a_recipe_sets_what_no_flag_does():
@@ -812,6 +838,34 @@ def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
     refused("(12, 12) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 12)
     refused("(4, 4) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 4)
     refused("it is not a ViT of this kind", *checkpoint, model="vit")
+    refused("--dropout is not for moe", *size, "--dropout", 0.1, model="moe")
+    refused("fsdp=True is not supported: experts are", *size, "--fsdp", model="moe")
+    refused("7 images on a device are not a mult", *size, "--batch", 7, model="moe")
+    refused("it is not a V-MoE", "--checkpoint", tmp_path / "vit.npz", model="moe")
+
+
+def test_fields_to_set_are_checked(brightness, tmp_path, capsys):
+    def fields(*flags, model="moe"):
+        return train.fields_to_set(train.make_parser().parse_args([model, *flags]))
+
+    given = ("k=1", "noise_std=2", "pool=gap", "representation=8", "batch_priority=true")
+    flags = [flag for text in (*given, "moe_blocks=[0,2]") for flag in ("--set", text)]
+    assert fields(*flags) == {
+        **{"k": 1, "noise_std": 2.0, "pool": "gap", "representation": 8},
+        **{"batch_priority": True, "moe_blocks": (0, 2)},
+    }
+    assert fields(model="vit") == {}
+    for text, message in {
+        "expert=8": "--set expert=8: the field is not one of width, depth",
+        "dtype=bfloat16": "--set dtype=bfloat16: the field is not one of",
+        "k=two": "--set k=two: the value is not of type int",
+        "k": "--set k: the value is not of type int",
+        "batch_priority=1": "--set batch_priority=1: the value is not of type bool",
+        "k=9": "k=9 is more than experts=4",
+    }.items():
+        flags = ["--data", brightness, "--size", "small", "--set", text, "--out", tmp_path]
+        run(*flags, model="moe", status=2)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")

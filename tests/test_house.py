@@ -38,6 +38,7 @@ TWO_STEPS = "--steps 2 --data tiny.npz"
 DEMO_FLAGS = {
     "performer": "--longest 12",
     "memeff_attention": "--longest 8",
+    "vdm": "--steps 2 --data digits.npz",
     "amos": "--batch 8 --data amos.py --steps 10 --adamw 0.01 --amos 0.05",
 }
 
@@ -245,6 +246,7 @@ def check_alone(name, source, folder):
     (folder / f"{name}.py").write_text(source)
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     np.savez(folder / "tiny.npz", images=images, labels=np.arange(40, dtype=np.uint8) % 10)
+    np.savez(folder / "digits.npz", images=np.resize(images // 16, (600, 8, 8)))
 
     def python(*arguments):
         command = [sys.executable, "-I", *arguments]

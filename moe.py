@@ -1,4 +1,4 @@
-"""V-MoE: a Vision Transformer in which experts replace some MLPs, and each token goes to a few.
+"""V-MoE: a Vision Transformer in which experts replace some MLPs. Each token goes to a few of them.
 
     config = Config(width=512, depth=8, heads=8, mlp=2048, patch_size=32, moe_blocks=(5, 7))
     params = init_params(jax.random.key(0), config)
@@ -7,13 +7,13 @@
 
     optimizer = optax.adamw(1e-3)                   # training
     mesh = make_mesh("data=1,model=1")              # for eight devices: "data=8,model=1"
-    state = init_state(jax.random.key(0), config, optimizer, mesh)  # to go on: (..., params)
+    state = init_state(jax.random.key(0), config, optimizer, mesh, params)
     step = make_train_step(config, optimizer, mesh)
     state, metrics = step(state, {"images": images, "labels": labels}, jax.random.key(1))
 
 Paper     Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", arXiv:2106.05974.
-          Eq. 1 to 8 are those of the Vision Transformer: Dosovitskiy et al. 2020, "An Image is
-          Worth 16x16 Words", arXiv:2010.11929 v2.
+          Eq. 1 to 8, Sec. 3.1 and Sec. 3.2 are those of the Vision Transformer: Dosovitskiy et al.
+          2020, "An Image is Worth 16x16 Words", arXiv:2010.11929 v2.
 Here      Mixture of experts (Sec. 2.1), its place in a Vision Transformer, capacity (Sec. 2.4),
           Batch Prioritized Routing, the importance and load losses (App. A.2), sizes up to 15B,
           experts that are sharded over devices.
@@ -22,21 +22,23 @@ Not here  Dropout; Soft MoE, experts that choose tokens, ensembles (E3), the MAP
           model as experts are made by examples/moe_upcycle.py, serious training is the work of
           examples/train.py.
 Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, a zero
-          head, all experts of a block start alike, capacity is rounded up to a multiple of 4.
-          From the official code: the router computes in float32 whatever the dtype; variance as
-          mean((x - mean)^2), not E[x^2] - E[x]^2; rows with the label -1 are masked, and take part
-          in no routing; with dtype="bfloat16" experts multiply in bfloat16.
+          head. All experts of a block start alike. Capacity is rounded up to a multiple of 4.
+          From the official code: the router computes in float32 whatever the dtype.
+          Variance is mean((x - mean)^2), not E[x^2] - E[x]^2.
+          Rows with the label -1 are ignored, and they are not routed.
+          With dtype="bfloat16" experts multiply in bfloat16.
 Claims    C1 routing, losses and models are those of the official code
           C2 parameter counts of all sizes, up to 15B
           C3 FLOPs per token grow with k, not with the number of experts
           C4 balanced routing has no importance loss
           C5 Batch Prioritized Routing keeps the tokens of highest priority
           C6 dispatch by index equals dispatch by one-hot products
-          C7 sharded experts give the same numbers, with two all-to-alls a layer
+          C7 sharded experts give the same numbers, with two all-to-alls a layer in the forward
+             pass
           C8 one device and eight drop the same choices
-Checked   google-research/vmoe @ 942a78b: logits, losses and gradients of whole models in float32 on
-          a CPU differ from theirs by at most 1.4e-6 times the largest value, choices and slots not
-          at all. The claims are tests in tests/test_moe.py.
+Checked   google-research/vmoe @ 942a78b: logits, losses and gradients of whole models differ by at
+          most 1.4e-6 of the largest value, in float32 on a CPU. Choices and slots are identical.
+          The claims are tests in tests/test_moe.py.
 Run       python moe.py
           81 s on two CPU cores. Trained with a capacity factor of 1.05 and tested with 0.25, Batch
           Prioritized Routing gets 4.6 points more of the held-out digits right (85.4 %, not
@@ -81,7 +83,10 @@ def require(ok, message):  # same in every file
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One V-MoE; the defaults are V-MoE-B/16, Every 2. Raises ValueError for bad values."""
+    """One V-MoE. Raises ValueError for bad values.
+
+    The defaults are V-MoE-B/16, Every 2, without the layer before the head.
+    """
 
     image_size: int | tuple[int, int] = 224  # height and width in pixels; one number for a square
     patch_size: int | tuple[int, int] = 16  # height and width in pixels
@@ -97,13 +102,15 @@ class Config:
     experts: int = 32  # in each of these blocks
     k: int = 2  # experts of a token
     group: int = 8  # images whose tokens compete for the same slots
-    capacity_factor: float = 1.05  # slots / choices, before rounding: see capacity
+    capacity_factor: float = 1.05  # ratio of all slots to all choices, before rounding
     capacity_multiple: int = 4  # slots are rounded up to a multiple of this
     batch_priority: bool = False  # tokens with a large gate get their slots first
     noise_std: float = 1.0  # in training the router's noise has the deviation noise_std / experts
-    importance_weight: float = 0.005  # of the auxiliary losses
-    load_weight: float = 0.005
-    dtype: str = "float32"  # or "bfloat16": of dense layers and the average of attention's values
+    importance_weight: float = 0.005  # factor of the importance loss
+    load_weight: float = 0.005  # factor of the load loss
+    # Or "bfloat16": of dense layers, experts, GELU and attention's products. Router, softmax and
+    # LayerNorm stay float32.
+    dtype: str = "float32"
     remat: bool = True  # recompute each block in the backward pass, to save memory
     fsdp: bool = False  # only for the interface: see __post_init__
 
@@ -141,8 +148,8 @@ class Config:
             self.moe_blocks
             and set(self.moe_blocks) <= set(range(self.depth))
             and sorted(set(self.moe_blocks)) == list(self.moe_blocks),
-            f"moe_blocks={self.moe_blocks} are not ascending numbers from 0 to {self.depth - 1}, "
-            "at least one",
+            f"moe_blocks={self.moe_blocks} is not one or more ascending numbers from 0 to "
+            f"{self.depth - 1}",
         )
         require(self.k <= self.experts, f"k={self.k} is more than experts={self.experts}")
         require(
@@ -151,7 +158,7 @@ class Config:
         )
         for name in ("noise_std", "importance_weight", "load_weight"):
             value = getattr(self, name)
-            require(value >= 0, f"{name}={value} is not at least 0")
+            require(0 <= value < math.inf, f"{name}={value} is not at least 0 and finite")
         require(
             not self.fsdp,
             "fsdp=True is not supported: experts are sharded over the mesh axis data already, and "
@@ -171,30 +178,32 @@ class Config:
         return math.prod(self.grid) + (self.pool == "token")
 
 
-def capacity(tokens, config: Config) -> int:
-    """Slots of each expert for a group of so many tokens (Sec. 2.4).
+def capacity(group_tokens, config: Config) -> int:
+    """Number of slots of each expert for a group of so many tokens (Sec. 2.4).
 
     For 8 images of 50 tokens, k = 2, 8 experts and a factor of 1.05: 400 * 2 * 1.05 / 8 = 105
     slots, rounded up to 108, a multiple of 4. The order of the operations is that of the official
     code, since rounding errors can add a slot: 100 tokens, k = 1, 10 experts and a factor of 1.1
     make 12, not 11, with capacity_multiple=1.
     """
-    slots = math.ceil(tokens * config.k * config.capacity_factor / config.experts)
+    slots = math.ceil(group_tokens * config.k * config.capacity_factor / config.experts)
     return slots + -slots % config.capacity_multiple
 
 
 def every(n, depth) -> tuple:
-    """moe_blocks of the models called Every n: the last of each n blocks."""
+    """moe_blocks of the models called Every n: the last of each n blocks, counted from 0."""
     return tuple(range(n - 1, depth, n))
 
 
 def last(n, depth) -> tuple:
-    """moe_blocks of the models called Last n: the last n of the odd blocks."""
-    return every(2, depth)[-n:]
+    """moe_blocks of the models called Last n: the last n of the odd blocks, counted from 0."""
+    odd = every(2, depth)
+    require(1 <= n <= len(odd), f"n={n} is not from 1 to {len(odd)}")
+    return odd[-n:]
 
 
 def standard_config(width, depth, mlp, heads, patch) -> Config:
-    """A Config with 32 experts in every second block."""
+    """A Config with 32 experts in every second block, and a layer before the head."""
     return Config(
         width=width,
         depth=depth,
@@ -206,7 +215,9 @@ def standard_config(width, depth, mlp, heads, patch) -> Config:
     )
 
 
-SIZES = {  # S has 8 blocks of width 512 and is not the ViT-S of other papers.
+# S has 8 blocks of width 512 and is not the ViT-S of other papers. 15B has the classes of JFT; the
+# counts that are published for the others belong to 18,291 classes.
+SIZES = {
     "S/32": standard_config(512, 8, 2048, 8, 32),
     "B/32": standard_config(768, 12, 3072, 12, 32),
     "B/16": standard_config(768, 12, 3072, 12, 16),
@@ -370,20 +381,20 @@ class Routing(NamedTuple):
     """
 
     experts: jax.Array  # int32 [G,M,k]
-    gates: jax.Array  # float32 [G,M,k]: by what an expert's output is multiplied
-    slots: jax.Array  # int32 [G,M,k]: the place at this expert; a choice is dropped from c on
+    gates: jax.Array  # float32 [G,M,k]: the factors of the experts' outputs
+    slots: jax.Array  # int32 [G,M,k]: the place at this expert; a choice with slot >= c is dropped
 
 
-NO_SLOT = jnp.iinfo(jnp.int32).max
+NO_SLOT = jnp.iinfo(jnp.int32).max  # more than any c, so that dispatch drops it
 
 
 def route(gates, valid, config: Config) -> Routing:
     """Sends each token to the k experts with its largest gates. [G,M,E], bool [G,M] -> Routing.
 
-    The gates are the softmax over all experts, and are not made to sum to 1 over the k. Slots are
-    given to all first choices before any second choice; among these in the order of the tokens, or
-    with batch_priority in that of their largest gates (Batch Prioritized Routing). Tokens that are
-    not valid get no slot, and push no other token back.
+    The gates are the softmax over all experts, and are not made to sum to 1 over the k. All first
+    choices get slots before any second choice. Within one rank of choice tokens are served in their
+    order in the group; with batch_priority the token with the largest gate is served first (Batch
+    Prioritized Routing). Tokens that are not valid get no slot, and push no other token back.
     """
     top_gates, experts = lax.top_k(gates, config.k)  # of equal gates the lower expert comes first
     if config.batch_priority:
@@ -395,11 +406,11 @@ def route(gates, valid, config: Config) -> Routing:
 
 
 def give_slots(experts, order, valid, number):
-    """The slots of one group, whose tokens are served in an order. int [M,k], [M] -> int [M,k].
+    """The slots of one group. experts int [M,k], order int [M], valid bool [M] -> int [M,k].
 
-    A choice gets as its slot the number of choices for the same expert that were served before it,
-    dropped ones included. valid bool [M]; number: of experts. The slots returned are in the order
-    of the tokens.
+    order lists the tokens as they are served, number is that of all experts. A choice's slot is the
+    number of valid choices of the same expert that were served before it, including those that will
+    be dropped. The result is in the order of the tokens.
     """
     M, k = experts.shape
     queue = experts[order].T.ravel()  # [k*M]: the first choices of all tokens, then the second
@@ -433,8 +444,8 @@ def combine(outputs, routing: Routing, c):
     G = len(routing.gates)
     groups = jnp.arange(G)[:, None, None]
     places = outputs.reshape(E, G, c, D).at[routing.experts, groups, routing.slots]
-    found = places.get(mode="fill", fill_value=0)  # [G,M,k,D]; zeros where there is no such slot
-    return jnp.einsum("gmkd,gmk->gmd", found, routing.gates)
+    chosen = places.get(mode="fill", fill_value=0)  # [G,M,k,D]; zeros where there is no such slot
+    return jnp.einsum("gmkd,gmk->gmd", chosen, routing.gates, precision="highest")
 
 
 def importance_loss(gates, valid):
@@ -449,13 +460,13 @@ def importance_loss(gates, valid):
 def load_loss(logits, noisy_logits, valid, k, deviation):
     """App. A.2: squared variation, over the experts, of each expert's expected load. -> [G].
 
-    That is the sum over the tokens of the probability that the expert's logit, plus new noise of
-    this deviation, exceeds the k-th largest of the token's noisy logits. logits [G,M,E], valid bool
-    [G,M].
+    An expert's expected load is a sum over the tokens. Each adds the probability that it would
+    choose this expert if the noise were drawn anew: that the clean logit plus new noise of this
+    deviation exceeds the k-th largest noisy logit of the token. logits [G,M,E], valid bool [G,M].
     """
     threshold = lax.top_k(noisy_logits, k)[0][:, :, -1:]  # [G,M,1]
-    chosen = normal_cdf((logits - threshold) / deviation)
-    load = jnp.where(valid[:, :, None], chosen, 0).sum(1)  # [G,E]
+    probability = normal_cdf((logits - threshold) / deviation)
+    load = jnp.where(valid[:, :, None], probability, 0).sum(1)  # [G,E]
     return squared_variation(load)
 
 
@@ -463,7 +474,8 @@ def load_loss(logits, noisy_logits, valid, k, deviation):
 def normal_cdf(x):
     """The probability that standard normal noise is below x.
 
-    Its derivative is stated, since that of erf fails inside shard_map with JAX 0.12.
+    The derivative is given by hand, because differentiating lax.erf inside shard_map fails in JAX
+    0.12.
     """
     return (1 + lax.erf(x / math.sqrt(2))) / 2
 
@@ -495,11 +507,11 @@ class Report(NamedTuple):
 
 
 def mixture(x, weights, config: Config, noise, valid, data_axis=None):
-    """MoE(x) = sum over the chosen experts i of g(x)_i e_i(x) (Sec. 2.1). [B,T,D] -> same, Report.
+    """MoE(x) = sum over the chosen experts i of g(x)_i e_i(x) (Sec. 2.1).
 
-    weights: the block's, of which this uses "router" and "experts"; inside shard_map, with
-    data_axis, the experts are this device's. noise: standard normal, [G,M,E], or None. valid bool
-    [B]: other images take no part.
+    [B,T,D] -> [B,T,D], Report. weights are those of the block; only "router" and "experts" are
+    used. Inside shard_map, with data_axis, weights["experts"] holds the experts of this device.
+    noise: standard normal [G,M,E], or None. valid bool [B] is False for images to ignore.
     """
     B, T, D = x.shape
     G = B // config.group
@@ -507,7 +519,7 @@ def mixture(x, weights, config: Config, noise, valid, data_axis=None):
     M = tokens.shape[1]
     valid = jnp.repeat(valid, T).reshape(G, M)
 
-    # A GPU or TPU would multiply float32 in fewer digits, and choose other experts.
+    # By default a GPU or TPU would round the router's inputs, which can change the choice.
     kernel = weights["router"]["kernel"]
     logits = jnp.matmul(tokens.astype(jnp.float32), kernel, precision="highest")  # [G,M,E]
     gates = jax.nn.softmax(logits)
@@ -522,14 +534,14 @@ def mixture(x, weights, config: Config, noise, valid, data_axis=None):
 
     c = capacity(M, config)
     routing = route(gates, valid, config)
-    buffers = dispatch(tokens, routing, c, config)  # [E,G*c,D]
+    buffers = dispatch(tokens.astype(config.dtype), routing, c, config)  # [E,G*c,D]
     if data_axis:
-        # all-to-all: each device sends every other one what its groups have for its experts.
-        # [E,G*c,D] -> [E/n,n*G*c,D] on n devices.
+        # All-to-all: each device sends every other device the buffers of the experts that live
+        # there. [E,G*c,D] -> [E/n,n*G*c,D] on n devices.
         buffers = lax.all_to_all(buffers, data_axis, split_axis=0, concat_axis=1, tiled=True)
     outputs = jax.vmap(functools.partial(mlp, config=config))(buffers, weights["experts"])
     if data_axis:
-        # all-to-all: and back, to the devices that have the tokens.
+        # All-to-all: the outputs return to the devices that hold the tokens.
         outputs = lax.all_to_all(outputs, data_axis, split_axis=1, concat_axis=0, tiled=True)
     y = combine(outputs.astype(jnp.float32), routing, c)
     return y.reshape(B, T, D), Report(routing, valid, importance, load, entropy)
@@ -579,8 +591,7 @@ def encode(params, images, config: Config, *, noise=None, valid=None, data_axis=
         B % config.group == 0,
         f"{B} images on a device are not a multiple of group={config.group}",
     )
-    depth = len(params["blocks"])
-    require(depth == config.depth, f"params have {depth} blocks, not depth={config.depth}")
+    check_blocks(params, config)
     if valid is None:
         valid = jnp.ones(B, bool)
     require(
@@ -610,6 +621,28 @@ def encode(params, images, config: Config, *, noise=None, valid=None, data_axis=
     return layer_norm(x, params["norm"]), reports
 
 
+def check_blocks(params, config: Config):
+    """Raises ValueError for params whose blocks, experts or head are not those of config."""
+    depth = len(params["blocks"])
+    require(depth == config.depth, f"params have {depth} blocks, not depth={config.depth}")
+    found = tuple(i for i in range(depth) if "router" in params["blocks"][str(i)])
+    require(
+        found == config.moe_blocks,
+        f"params have experts in the blocks {found}, not moe_blocks={config.moe_blocks}",
+    )
+    for i in found:
+        _, experts = params["blocks"][str(i)]["router"]["kernel"].shape
+        require(
+            experts == config.experts,
+            f"params have {experts} experts, not experts={config.experts}",
+        )
+    require(
+        ("pre_logits" in params) == (config.representation is not None),
+        f"params {'have' if 'pre_logits' in params else 'lack'} the layer pre_logits, and "
+        f"representation={config.representation}",
+    )
+
+
 def forward(
     params,
     images,
@@ -624,14 +657,17 @@ def forward(
     """Logits and metrics. images [B,height,width,C] in [-1, 1] -> [B,N], {name: scalar}.
 
     With a key the router gets noise, as in training; noise [blocks,G,M,E], standard normal, is used
-    instead of a draw. valid bool [B]: other images, such as those that fill up a last batch, take
-    no slots and count in no metric. An image's logits depend on the other images of its group.
-    With classes=0 the result is the features, [B,D] or [B,R]. Metrics are those of routing_metrics.
+    instead of a draw. valid bool [B] is False for images to ignore, such as those that fill up a
+    last batch: they take no slots and count in no metric. An image's logits depend on the other
+    images of its group. With classes=0 the result is the features, [B,D] or [B,R]. Metrics are
+    those of routing_metrics.
 
     data_axis is the name of the mesh axis over which images and experts are sharded, for use inside
-    shard_map: each block with experts does two all-to-alls over it, each of E*G*c*D numbers.
+    shard_map. Each block with experts does two all-to-alls over it in the forward pass, each of
+    E*G*c*D numbers; the gradient does two more, and with remat those of the forward pass again.
     model_axis must be None: no weight is sharded over it. Raises ValueError for images of another
-    shape, dtype or range, and for a number of images that group does not divide.
+    shape, dtype or range, for a number of images that group does not divide, and for params of
+    another config.
     """
     require(model_axis is None, "moe.py shards nothing over the mesh axis model: it must be 1")
     if noise is None and key is not None:
@@ -652,19 +688,20 @@ def forward(
 def routing_metrics(reports, config: Config, data_axis=None) -> dict:
     """Statistics of the routing of all groups, on all devices, in all blocks with experts.
 
-    importance_loss   summed over the blocks, mean over the groups; load_loss likewise
+    importance_loss   summed over the blocks, mean over the groups with valid images; load_loss too
     auxiliary_loss    both, multiplied by their weights: what is added to the loss of the task
     dropped           share of all choices that got no slot
-    largest_load      choices of the expert that gets most, in any block, over those of balanced
-                      routing; smallest_load likewise: 1 is balanced, 0 an expert without tokens
+    largest_load      the load of an expert is its number of choices over what balanced routing
+                      would give it; this is the largest of all experts and blocks, smallest_load
+                      the smallest, 0 for an expert without tokens
     router_entropy    of the gates, mean over tokens, in nats: log(E) where the router is undecided
     """
     blocks = jax.tree.map(lambda *x: jnp.stack(x), *reports.values())  # [blocks,G,...]
     valid = blocks.valid
     c = capacity(valid.shape[2], config)
     chosen = jax.nn.one_hot(blocks.routing.experts, config.experts)  # [blocks,G,M,k,E]
-    sums = {
-        "groups": valid.any(2).sum(1, dtype=jnp.float32),  # [blocks], as all but choices
+    sums = {  # each [blocks], but choices
+        "groups": valid.any(2).sum(1, dtype=jnp.float32),
         "tokens": valid.sum((1, 2), dtype=jnp.float32),
         "choices": jnp.where(valid[..., None, None], chosen, 0).sum((1, 2, 3)),  # [blocks,E]
         "kept": (blocks.routing.slots < c).sum((1, 2, 3), dtype=jnp.float32),
@@ -711,13 +748,19 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
     """Softmax cross-entropy plus the auxiliary losses; both are means over all devices.
 
     batch: {"images": [B,height,width,C] in [-1, 1], "labels": int [B], -1 for rows to ignore, or
-    float [B,N], rows that sum to 1, for mixtures of classes}. Returns the sum and the metrics of
-    routing_metrics with "loss", the cross-entropy alone in nats, the mean over the valid rows. It
-    is 0 if no row is valid.
+    float [B,N], rows that sum to 1, for mixtures of classes, or to 0, to ignore them}. Returns the
+    sum and the metrics of routing_metrics with "loss", the cross-entropy alone in nats, the mean
+    over the valid rows. It is 0 if no row is valid.
     """
+    require(config.classes > 0, "classes=0: without a head there is no loss")
     targets = batch["labels"]
     if targets.ndim == 1:
         targets = one_hot(targets, config.classes)
+    wanted = (len(batch["images"]), config.classes)
+    require(
+        targets.shape == wanted,
+        f"labels are {batch['labels'].shape}, not {wanted[:1]} or {wanted}",
+    )
     logits, metrics = forward(
         params,
         batch["images"],
@@ -726,10 +769,6 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
         valid=targets.sum(-1) != 0,
         data_axis=data_axis,
         model_axis=model_axis,
-    )
-    require(
-        targets.shape == logits.shape,
-        f"labels are {targets.shape}, not [B] or {logits.shape}",
     )
     total = -(targets * jax.nn.log_softmax(logits)).sum()
     count = targets.sum()
@@ -969,8 +1008,10 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
 
     The weights are copies of `params` if given, for example from load or adapt; else they are
     drawn. mesh has the axes "data" and "model", both Auto; optimizer is one of optax that needs
-    nothing but gradients and weights.
+    nothing but gradients and weights. Raises ValueError for params of another config.
     """
+    if params is not None:
+        check_names(named_leaves(params), named_leaves(param_table(config)), "params")
 
     def init(key, params):
         if params is None:
@@ -1085,9 +1126,9 @@ def named_leaves(tree) -> dict:  # same in every file
 def infer_config(flat, **fields) -> Config:
     """The Config of a checkpoint, read from the names and shapes of its arrays.
 
-    fields are what no shape tells: k, group, capacity_factor and others, which else are those of
-    Config; image_size where the patches do not form a square. Names may begin with "params/".
-    Raises ValueError if the arrays are not those of a V-MoE.
+    fields are what no shape tells, such as k, group and capacity_factor, whose defaults are those
+    of Config, and image_size where the patches do not form a square. Names may begin with
+    "params/". Raises ValueError if the arrays are not those of a V-MoE.
     """
     flat = {name.removeprefix("params/"): array for name, array in flat.items()}
     position = OFFICIAL_LAYERS["position"]
@@ -1237,7 +1278,7 @@ def read_npz(path) -> dict:  # same in every file
 def save(path, params, config: Config):
     """Writes an .npz under official names, which load reads.
 
-    The file does not tell k, group and capacity_factor: see infer_config. Raises ValueError for
+    The file does not store k, group and capacity_factor: see infer_config. Raises ValueError for
     weights that are not finite.
     """
     flat = to_official(params, config)
@@ -1268,10 +1309,10 @@ DIGITS = Config(
     remat=False,
 )
 FACTORS = (1.05, 0.5, 0.25, 0.1)  # capacity factors of the test
-LOW = 0.25  # that of the result and of the figure's digits
+LOW = 0.25  # the capacity factor of the result and of the figure's digits
+EXPECTED = 4.6  # points of accuracy that Batch Prioritized Routing saves at LOW
+FLOOR = 1.0  # points; below, the demo fails
 REPORT = 100  # steps between lines of progress
-EXPECTED = 4.6  # points of accuracy that Batch Prioritized Routing saves at this capacity
-FLOOR = 1.0
 
 
 def make_mesh(text):  # same in every file
@@ -1380,7 +1421,7 @@ def train(config: Config, mesh, images, labels, steps, seed):
 
 
 def evaluate(params, config: Config, mesh, images, labels):
-    """Accuracy in per cent on images uint8 [B,28,28,1], batch by batch, and the mean metrics."""
+    """Accuracy in per cent on images uint8 [B,28,28,1], and the means of the batches' metrics."""
     data_axis = axis_if_split(mesh, "data")
 
     def local(params, batch):
@@ -1401,8 +1442,9 @@ def evaluate(params, config: Config, mesh, images, labels):
     for first in range(0, len(images), size):
         rows = np.arange(first, first + size)
         inside = rows < len(images)
-        rows = rows % len(images)  # the last batch is filled up with the first images
-        answers = np.where(inside, labels[rows], -1)  # which take no slots
+        # The last batch is filled up with the first images. Their label is -1: they take no slots.
+        rows = rows % len(images)
+        answers = np.where(inside, labels[rows], -1)
         count, metrics = run(params, place(mesh, images[rows], answers))
         right += int(count)
         every_metrics.append(metrics)
@@ -1413,7 +1455,7 @@ def evaluate(params, config: Config, mesh, images, labels):
 def try_capacities(params, mesh, images, labels):
     """Prints accuracy for each capacity factor, without and with Batch Prioritized Routing.
 
-    The metrics printed are those with it.
+    The share of dropped choices and the load are those with Batch Prioritized Routing.
 
     Returns {batch_priority: [accuracy for each of FACTORS]}.
     """
@@ -1434,15 +1476,21 @@ def try_capacities(params, mesh, images, labels):
     return results
 
 
-def kept_patches(params, images, config: Config):
-    """Whether a patch has a slot at any of its experts in the last mixture. -> bool [B,T]."""
-    _, reports = encode(params, images, config)
+def kept_patches(params, images):
+    """Which patches have a slot at any of their experts in the last block, with BPR at LOW.
+
+    images uint8 [B,28,28,1] -> bool [B,28,28]: whether a pixel's patch has one.
+    """
+    config = dataclasses.replace(DIGITS, capacity_factor=LOW, batch_priority=True)
+    _, reports = encode(params, images.astype(np.float32) / 127.5 - 1, config)
     slots = reports[config.moe_blocks[-1]].routing.slots  # [G,M,k]
-    kept = slots < capacity(slots.shape[1], config)
-    return kept.any(-1).reshape(len(images), config.tokens)
+    kept = (slots < capacity(slots.shape[1], config)).any(-1)
+    kept = np.asarray(kept).reshape(len(images), *config.grid)
+    h, w = config.patch_size
+    return kept.repeat(h, axis=1).repeat(w, axis=2)
 
 
-def draw(path, results, params, images):
+def draw(path, results, images, kept):
     """Left: accuracy against capacity. Right: digits without the patches that BPR drops."""
     import matplotlib.pyplot as plt
 
@@ -1457,13 +1505,8 @@ def draw(path, results, params, images):
     ax.minorticks_off()
     ax.legend()
 
-    config = dataclasses.replace(DIGITS, capacity_factor=LOW, batch_priority=True)
-    shown = images[: config.group]
-    inputs = shown.astype(np.float32) / 127.5 - 1
-    kept = np.asarray(kept_patches(params, inputs, config))
-    kept = kept.reshape(-1, *config.grid).repeat(4, 1).repeat(4, 2)  # [B,28,28]
-    for ax, image, there in zip(right.subplots(2, 4).flat, shown[..., 0], kept):
-        ax.imshow(np.where(there, image, 128), cmap="gray", vmin=0, vmax=255)
+    for ax, image, mask in zip(right.subplots(2, 4).flat, images[..., 0], kept):
+        ax.imshow(np.where(mask, image, 128), cmap="gray", vmin=0, vmax=255)
         ax.set_axis_off()
     right.suptitle(f"What BPR drops at a capacity factor of {LOW}, greyed")
     figure.savefig(path, dpi=120)
@@ -1513,8 +1556,10 @@ def main(argv=None) -> int:
     else:
         expected = "expected unknown, at least unknown"
     print(f"result: accuracy that BPR saves at {LOW}: got {saved:.1f} points, {expected}")
+    shown = images[: DIGITS.group]
+    kept = kept_patches(params, shown)
     try:
-        draw(args.out, results, params, images)
+        draw(args.out, results, shown, kept)
         print(f"wrote {args.out}")
     except Exception as error:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {type(error).__name__}: {error}")

@@ -8,10 +8,11 @@ Copies    In each block that gets experts, every second one unless --set moe_blo
           otherwise, all experts start as copies of the block's MLP. The router is drawn at random.
           All other weights stay as they are.
 Changes   A token is sent to k of E experts that are all alike, so the mixture returns the MLP's
-          output times the sum of the token's k gates. These are not made to sum to 1: with k = E
-          the new model computes what the dense one did, with k < E the branch of the MLP is scaled
-          down, to k / E as long as the router is undecided. The program prints how far the logits
-          move, on --pictures. Training must make up for it.
+          output, multiplied by the sum of the gates of those experts that had a slot for the token.
+          The gates are not made to sum to 1. With k = E and a capacity factor of at least 1 the new
+          model computes what the dense one did. With k < E the branch of the MLP is scaled down, to
+          between k / E and 1 of what it was. The program prints how far the logits move, on
+          --pictures. Training must make up for it.
 Costs     Parameters, those that work for one token, FLOPs of the forward pass per token, and bytes
           on each device: of the weights, and with the gradient and Adam's two slots. Experts are
           spread over --devices; every device holds all other weights. Activations are not counted.
@@ -41,7 +42,7 @@ import moe  # noqa: E402
 import vit  # noqa: E402
 from moe import require, run_program  # noqa: E402
 
-SHARED_FIELDS = (  # of the two Configs
+SHARED_FIELDS = (  # in both Configs
     *("image_size", "patch_size", "channels", "width", "depth", "heads", "mlp"),
     *("classes", "pool", "representation"),
 )
@@ -49,7 +50,12 @@ LAYERS_OF_A_BLOCK = ("norm1", "query", "key", "value", "out", "norm2")
 
 
 def sparse_config(dense: vit.Config, fields) -> moe.Config:
-    """The V-MoE with the architecture of a ViT; fields set what a ViT does not have."""
+    """The V-MoE with the architecture of a ViT; fields set what a ViT does not have.
+
+    Raises ValueError for fields that the ViT determines.
+    """
+    for name in fields:
+        require(name not in SHARED_FIELDS, f"--set {name}: it is that of the checkpoint")
     require(dense.gelu == "tanh", f"the checkpoint has gelu={dense.gelu}, and moe.py has tanh only")
     shared = {name: getattr(dense, name) for name in SHARED_FIELDS}
     return moe.Config(**{**shared, "moe_blocks": moe.every(2, dense.depth), **fields})
@@ -90,7 +96,7 @@ def difference(params, dense: vit.Config, sparse_params, config: moe.Config, ima
     """
     want = jax.jit(functools.partial(vit.forward, config=dense))(params, images)
     got, _ = jax.jit(functools.partial(moe.forward, config=config))(sparse_params, images)
-    largest = float(jnp.abs(got - want).max() / jnp.abs(want).max())
+    largest = float(jnp.abs(got - want).max() / jnp.maximum(jnp.abs(want).max(), 1e-30))
     same = float((got.argmax(-1) == want.argmax(-1)).mean())
     return largest, same
 
@@ -127,8 +133,14 @@ def costs_of(config: moe.Config, devices) -> Costs:
     for name, param in moe.named_leaves(moe.param_table(config)).items():
         size = math.prod(param.shape)
         parameters += size
-        active += size * config.k // config.experts if "/experts/" in name else size
-        on_device += size // devices if "data" in tuple(specs[name]) else size
+        if "/experts/" in name:
+            active += size * config.k // config.experts
+        else:
+            active += size
+        if "data" in tuple(specs[name]):
+            on_device += size // devices
+        else:
+            on_device += size
     flops_per_token = forward_flops(config) / (config.group * config.tokens)
     return Costs(parameters, active, on_device, flops_per_token)
 
@@ -147,7 +159,7 @@ def forward_flops(config: moe.Config) -> float:
 
 
 def read_images(path, config: moe.Config):
-    """The first pictures of a data set, two groups, as the model wants them."""
+    """Two groups of pictures of a data set, always the same ones, as the model wants them."""
     source = pictures.open_pictures(path)
     pictures.check_channels(source, config.channels)
     count = 2 * config.group
@@ -191,7 +203,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="of vit.py, an .npz with the official names")
-    source.add_argument("--size", help="print the costs of a size such as B/16, and do nothing")
+    source.add_argument("--size", help="print the costs of a size such as B/16, and write nothing")
     parser.add_argument(
         "--set",
         action="append",
@@ -199,8 +211,10 @@ def make_parser():
         metavar="FIELD=VALUE",
         help="a field of moe.Config, such as experts=8, k=1 or moe_blocks=[1,3]",
     )
-    parser.add_argument("--gelu", choices=("tanh", "exact"), help="that of the checkpoint")
-    parser.add_argument("--devices", type=int, default=1, help="over which experts are spread")
+    parser.add_argument("--gelu", choices=("tanh", "exact"), help="which the checkpoint has")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="number of devices that share the experts"
+    )
     pictures_path = str(ROOT / "data/noto_emoji32.npz")
     parser.add_argument("--pictures", default=pictures_path, help="to compare both models on")
     parser.add_argument("--seed", type=int, default=0, help="of the router")

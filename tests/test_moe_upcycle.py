@@ -156,7 +156,7 @@ def test_a_size_needs_no_devices(capsys):
         ("--size B/16 --set k=33", "k=33 is more than experts=32"),
         ("--checkpoint missing.npz", "missing.npz does not exist"),
         ("--checkpoint dense.npz --gelu exact", "has gelu=exact, and moe.py has tanh only"),
-        ("--checkpoint dense.npz --set width=32", "the V-MoE: blocks/0/key/bias has shape"),
+        ("--checkpoint dense.npz --set width=32", "--set width: it is that of the checkpoint"),
         ("--checkpoint dense.npz --set group=9999", "has fewer than 19998 pictures, two groups"),
     ],
 )

@@ -98,8 +98,8 @@ def test_c1_golden_of_the_schedules(name):
     grads, gammas = jax.jit(jax.grad(run, has_aux=True))(params)
     close(gammas.at_t, arrays["out/gamma"], 1e-6)
     close(gammas.weight, arrays["out/dgamma_dt"], 1e-6)
-    close(gammas.first, arrays["out/gamma_at_0_scalar_arg"].reshape(()), 1e-6)
-    close(gammas.last, arrays["out/gamma_at_1_scalar_arg"].reshape(()), 1e-6)
+    close(gammas.at_0, arrays["out/gamma_at_0_scalar_arg"].reshape(()), 1e-6)
+    close(gammas.at_1, arrays["out/gamma_at_1_scalar_arg"].reshape(()), 1e-6)
     for path, want in part(arrays, "grad/").items():
         close(vdm.named_leaves(grads)[path], want, 2e-5)
 
@@ -136,7 +136,7 @@ def test_c1_golden_of_the_blocks():
     run(block, "resnet_project")
     run(vdm.pixel_attention, "attn_1head")
     for size in (32, 7):
-        close(vdm.time_features(arrays["in/t"], size), arrays[f"out/temb_{size}"], 1e-5)
+        close(vdm.sinusoids(arrays["in/t"], size), arrays[f"out/temb_{size}"], 1e-5)
     corner = x[:1, :2, :2, :3]
     for first, last in ((6, 8), (0, 8)):
         features = vdm.fourier_features(corner, tuple(range(first, last)))[..., 3:]
@@ -197,8 +197,8 @@ def test_c1_golden_of_the_losses(name):
     close(want_t, arrays["mid/t"], 1e-6)
 
     def terms_of(params):
-        draws = arrays["in/conditioning"], t, arrays["in/noise_eps_0"], arrays["in/noise_eps"]
-        return vdm.losses(params, images, *draws, config)
+        draws = vdm.Draws(t, arrays["in/noise_eps_0"], arrays["in/noise_eps"])
+        return vdm.losses(params, images, arrays["in/conditioning"], draws, config)
 
     def bound(params):
         terms = terms_of(params)
@@ -323,7 +323,7 @@ def gaussian_losses(config, gamma_params, count, key=0, factor=1.0):
     t = vdm.draw_times(keys[2], count, config)
     gammas = vdm.gammas_at(gamma_params, t, config)
     eps_hat = gaussian_score(factor, vdm.diffuse(x, gammas.at_t, eps), gammas.at_t, None, config)
-    return vdm.prior_loss(x, gammas.last), vdm.diffusion_loss(eps, eps_hat, gammas.weight)
+    return vdm.prior_loss(x, gammas.at_1), vdm.diffusion_loss(eps, eps_hat, gammas.weight)
 
 
 def test_terms_of_one_pixel_by_hand():
@@ -348,6 +348,8 @@ def test_terms_of_one_pixel_by_hand():
     gammas = vdm.gammas_at({}, jnp.array([0.25]), config)
     close(gammas.at_t, [-3.5], 1e-6)
     close(gammas.weight, [10.0], 1e-6)
+    gammas = vdm.gammas_at({}, jnp.array([0.0]), change(config, timesteps=5))
+    close(gammas.at_t, [-4.0], 1e-6)  # t = 0 is rounded up to 1/5 as well
     gammas = vdm.gammas_at({}, jnp.array([0.21]), change(config, timesteps=5))
     close(gammas.at_t, [-2.0], 1e-6)  # t = 2/5, s = 1/5
     close(gammas.weight, [5 * math.expm1(-2.0 + 4.0)], 1e-6)
@@ -367,7 +369,8 @@ def test_score_network_gets_what_the_losses_say():
     conditioning = jnp.array([0.0, 1.0, 0.5])
     config = change(TINY, schedule="linear")
     params = {"gamma": {}, "score_model": "weights"}
-    terms = vdm.losses(params, images, conditioning, t, eps, eps, config, keys="keys", score=score)
+    draws = vdm.Draws(t, eps, eps, "keys")
+    terms = vdm.losses(params, images, conditioning, draws, config, score=score)
     close(terms.diffusion, np.full(3, 0.5 * 11.0 * 4 * 16), 1e-5)  # gamma' is 5 + 6
     assert seen["params"] == "weights" and seen["keys"] == "keys"
     assert (seen["conditioning"] == conditioning).all()
@@ -573,9 +576,7 @@ def test_c7_the_gradient_is_that_of_the_variance_between_the_ends():
     draws = vdm.draw_numbers(jax.random.key(3), 8, config, dropout=True)
 
     def terms_of(params):
-        terms = vdm.losses(
-            params, batch["images"], batch["conditioning"], *draws[:3], config, keys=draws.keys
-        )
+        terms = vdm.losses(params, batch["images"], batch["conditioning"], draws, config)
         return [vdm.in_bits(term, config) for term in terms]
 
     def bound(params):
@@ -679,7 +680,7 @@ def test_no_device_needs_anything_from_another():
     config, params, batch, _ = gradient_case()
     draws = vdm.draw_numbers(jax.random.key(0), 8, config)
     gammas = vdm.gammas_at(params["gamma"], draws.t, config)
-    rest = batch["images"], batch["conditioning"], draws.eps_0, draws.eps, None
+    rest = batch["images"], batch["conditioning"], draws
     sharded = vdm.sharded_losses(config, mesh_of(8, 1))
     jaxpr = jax.make_jaxpr(sharded)(params["score_model"], gammas, *rest)
     for name in ("psum", "all_gather", "ppermute", "all_to_all", "reduce_scatter"):
@@ -707,23 +708,30 @@ def test_train_step_compiles_once_and_follows_optax():
 
 
 def test_bits_per_dim_counts_every_picture_once_on_any_mesh():
-    """Seven pictures in batches of four; the last batch is filled up."""
+    """Seven pictures in batches of four, the last one filled up; the times are even over all."""
     config, params, _, _ = gradient_case()
     images = random_images(config, 7)
-    bits = [
-        vdm.bits_per_dim(params, images, jax.random.key(0), config, mesh=mesh, batch=4)
+    options = {"batch": 4, "repeats": 2}
+    costs = [
+        vdm.bits_per_dim(params, images, jax.random.key(0), config, mesh=mesh, **options)
         for mesh in (None, mesh_of(4, 1))
     ]
-    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
-    found = []
-    for number, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 0])):
-        draws = vdm.draw_numbers(jax.random.fold_in(jax.random.key(0), number), 4, config)
-        terms = vdm.losses(params, images[rows], jnp.zeros(4), *draws[:3], config)
-        found.append(np.stack(terms)[:, : 4 - number] / (16 * math.log(2)))
-    found = np.concatenate(found, axis=1)
+    assert costs[0] == pytest.approx(costs[1], rel=1e-5)
+    rounds = []
+    for key in jax.random.split(jax.random.key(0), 2):
+        time_key, order_key, noise_key = jax.random.split(key, 3)
+        u = jax.random.uniform(time_key)
+        times = jax.random.permutation(order_key, (u + jnp.arange(7) / 7) % 1)
+        parts = []
+        for first, rows in ((0, [0, 1, 2, 3]), (4, [4, 5, 6, 0])):
+            draws = vdm.draw_numbers(jax.random.fold_in(noise_key, first), 4, config)
+            draws = draws._replace(t=times[np.array(rows)])
+            parts.append(np.stack(vdm.losses(params, images[rows], jnp.zeros(4), draws, config)))
+        rounds.append(np.concatenate(parts, axis=1)[:, :7] / (16 * math.log(2)))
+    found = np.mean(rounds, axis=0)
     want = [*found.mean(1), found.sum(0).mean()]
-    assert list(bits[0].values())[:4] == pytest.approx(want, rel=1e-4, abs=1e-6)
-    assert bits[0]["standard_error"] == pytest.approx(found.sum(0).std() / 7**0.5, rel=1e-4)
+    assert list(costs[0].values())[:4] == pytest.approx(want, rel=1e-4, abs=1e-6)
+    assert costs[0]["standard_error"] == pytest.approx(found.sum(0).std() / 7**0.5, rel=1e-4)
 
 
 def test_samples_are_the_same_on_any_mesh():
@@ -811,8 +819,8 @@ def test_strict_about_every_array(name, damage, message):
         ({"schedule": "cosine"}, "schedule='cosine' is not one of linear, scalar, network"),
         ({"endpoints": "free"}, "endpoints='free' is not one of exact, official"),
         ({"schedule_objective": "loss"}, "schedule_objective='loss' is not one of variance, bound"),
-        ({"gamma_min": 5.0}, "gamma_min=5.0 is not below gamma_max=5.0"),
-        ({"gamma_min": -math.inf}, "gamma_min=-inf is not below"),
+        ({"gamma_min": 5.0}, "gamma_min=5.0 and gamma_max=5.0 are not finite numbers, the first"),
+        ({"gamma_max": math.inf}, "gamma_min=-13.3 and gamma_max=inf are not finite numbers"),
         ({"dropout": 1.0}, "dropout=1.0 is not in [0, 1)"),
         (
             {"schedule": "network", "timesteps": 9},
@@ -832,19 +840,31 @@ def test_config_refuses(fields, message):
 
 def test_what_does_not_fit_is_refused():
     images = random_images(TINY, 2)
-    rest = jnp.zeros(2), jnp.zeros(2), images * 0.0, images * 0.0
+    draws = vdm.Draws(jnp.zeros(2), images * 0.0, images * 0.0)
     params = random_params(TINY)
 
     def refused(message, images):
         with pytest.raises(ValueError, match=re.escape(message)):
-            vdm.losses(params, images, *rest, TINY)
+            vdm.losses(params, images, jnp.zeros(2), draws, TINY)
 
-    refused("images are (2, 4, 4, 3), not [B, *(4, 4, 1)]", np.zeros((2, 4, 4, 3), int))
+    refused("images are (2, 4, 4, 3), not [B, 4, 4, 1]", np.zeros((2, 4, 4, 3), int))
+    refused("images are (0, 4, 4, 1): there is none", images[:0])
     refused("images are float64, not integers", images / 4)
     refused("images are from 0 to 5, not within the levels 0 to 4", images // 4 * 5)
     refused("images are from -1 to", images - 1)
-    with pytest.raises(ValueError, match="count=0 is not at least 1"):
-        vdm.sample(params, jax.random.key(0), 0, TINY)
+    for count, mesh in ((0, None), (3, mesh_of(2, 1))):
+        with pytest.raises(ValueError, match=f"count={count} is not a positive multiple of data="):
+            vdm.sample(params, jax.random.key(0), count, TINY, mesh=mesh)
+    for batch, mesh in ((0, None), (3, mesh_of(2, 1))):
+        with pytest.raises(ValueError, match=f"batch={batch} is not a positive multiple of data="):
+            vdm.bits_per_dim(params, images, jax.random.key(0), TINY, mesh=mesh, batch=batch)
+    with pytest.raises(ValueError, match="model=2: vdm.py shards nothing over this mesh axis"):
+        vdm.sample(params, jax.random.key(0), 2, TINY, mesh=mesh_of(1, 2))
+    with pytest.raises(ValueError, match="warmup=0 is not at least 1"):
+        vdm.recipe_optimizer(vdm.RECIPES["digits"]._replace(warmup=0))
+    deeper = random_params(change(TINY, depth=2))
+    with pytest.raises(ValueError, match="params: score_model/down/block/GroupNorm_0/bias has sh"):
+        vdm.init_state(jax.random.key(0), TINY, optax.sgd(0.1), mesh_of(1, 1), deeper)
     with pytest.raises(ValueError, match="steps=0 is not at least 1"):
         vdm.sample(params, jax.random.key(0), 1, TINY, steps=0)
     with pytest.raises(ValueError, match="model=2: vdm.py shards nothing over this mesh axis"):
@@ -933,7 +953,7 @@ def test_demo_prints_its_result_where_it_cannot_draw(small_demo, capsys, monkeyp
         ("--data missing.npz", "missing.npz does not exist"),
         ("--data other.npz", "other.npz has no array images"),
         ("--data few.npz", "few.npz: images (9, 8, 8) are not 24 or more [B,8,8]"),
-        ("--data wide.npz", "images are (40, 9, 8, 1), not [B, *(8, 8, 1)]"),
+        ("--data wide.npz", "images are (40, 9, 8, 1), not [B, 8, 8, 1]"),
         ("--data bright.npz", "images are from 17 to 17, not within the levels 0 to 16"),
     ],
 )

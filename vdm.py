@@ -46,8 +46,8 @@ Checked   google-research/vdm @ dc27b98: terms of the loss agree within 1e-5 of 
           Fourier features of frequency 2^7 by 1.4e-4).
           The claims are tests in tests/test_vdm.py.
 Run       python vdm.py
-          80 s on two CPU cores. Held-out digits of 8x8 pixels cost 2.20 bits per dimension (a
-          histogram for each pixel: 2.42); above 2.3 it fails
+          81 s on two CPU cores. Held-out digits of 8x8 pixels cost 2.19 bits per dimension (a
+          histogram for each pixel: 2.42). Above 2.3 it fails
 Axes      B pictures  H, W height and width  C channels  V levels of a pixel  D channels inside
           L blocks on the way down  T steps.  Inside shard_map B is that of one device.
 """

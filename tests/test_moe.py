@@ -544,7 +544,7 @@ def test_c5_at_a_low_capacity_bpr_loses_less(tmp_path, capsys):
     """The demo's model, whole: it is right more often with Batch Prioritized Routing."""
     assert moe.main(["--out", str(tmp_path / "d.png")]) == 0
     saved = re.search(r"^result: .*: got (-?\d+\.\d) points", capsys.readouterr().out, re.M)
-    assert float(saved[1]) > 1
+    assert float(saved[1]) > 0.5
 
 
 def one_hot_mixture(x, weights, config):

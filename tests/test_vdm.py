@@ -396,6 +396,26 @@ def test_conditioning_time_and_dropout_change_the_estimate():
     close(swapped[::-1], dropped, 1e-5)  # a picture's key is its own
 
 
+def test_every_layer_draws_its_own_dropout(monkeypatch):
+    """Two blocks down, two in the middle, three up."""
+    seen = set()
+
+    def drop(keys, x, rate):
+        jax.debug.callback(lambda data: seen.add(bytes(data)), jax.random.key_data(keys))
+        return x
+
+    monkeypatch.setattr(vdm, "drop", drop)
+    config = change(TINY, depth=2, dropout=0.5)
+    params = random_params(config)["score_model"]
+    keys = jax.random.split(jax.random.key(0), 1)
+    z = np.zeros((1, *config.shape), np.float32)
+    jax.block_until_ready(
+        vdm.score_network(params, z, jnp.zeros(1), jnp.zeros(1), config, keys=keys)
+    )
+    jax.effects_barrier()
+    assert len(seen) == 7
+
+
 def test_dropout_keeps_the_mean():
     x = jnp.ones((400, 50))
     y = vdm.drop(jax.random.split(jax.random.key(0), 400), x, 0.3)

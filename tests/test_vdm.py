@@ -482,11 +482,12 @@ def test_c3_the_bound_does_not_depend_on_the_schedule_between_its_ends():
     means = []
     variances = []
     for config, gamma in ((NETWORK, bent(0)), (NETWORK, bent(1)), (NETWORK, bent(2, 0.0))):
-        _, diffusion = gaussian_losses(config, gamma, 100_000, factor=0.8)
+        run = jax.jit(functools.partial(gaussian_losses, config, count=20_000, factor=0.8))
+        _, diffusion = run(gamma)
         means.append(float(diffusion.mean()))
         variances.append(float(diffusion.var()))
-    error = math.sqrt(max(variances) / 100_000)
-    assert max(means) - min(means) < 4 * error < 0.1 * means[0]
+    error = math.sqrt(max(variances) / 20_000)
+    assert max(means) - min(means) < 4 * error < 0.2 * means[0]
     assert max(variances) > 1.5 * min(variances)
 
 
@@ -912,9 +913,9 @@ def small_demo(monkeypatch, tmp_path):
 
 
 def test_demo_trains_and_draws(small_demo, tmp_path, capsys):
-    assert vdm.main([*small_demo, "--mesh", "data=2,model=1"]) == 0
+    assert vdm.main(small_demo) == 0
     text = capsys.readouterr().out.splitlines()
-    assert text[0] == "40 digits, 12 held out, on 2 cpu(s)"
+    assert text[0] == "40 digits, 12 held out, on 1 cpu(s)"
     number = r"\d+\.\d+"
     assert re.fullmatch(
         rf"step 2/2  loss {number} bits per dimension  variance {number}  0 s left", text[1]

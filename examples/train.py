@@ -1217,6 +1217,16 @@ def join_devices(args):
     return mesh
 
 
+def check_groups(config, args, mesh):
+    """Raises ValueError unless a microbatch on a device is whole groups of moe."""
+    group = getattr(config, "group", 1)
+    parts = mesh.shape["data"] * args.accumulate * group
+    require(
+        args.batch % parts == 0,
+        f"--batch {args.batch} is not a multiple of data x accumulate x group={group}: {parts}",
+    )
+
+
 def run(args):
     """Runs the chosen mode."""
     check_flags(args)
@@ -1229,6 +1239,7 @@ def run(args):
         run_prediction(args, mesh)
         return
     task = read_task(args)
+    check_groups(task.config, args, mesh)
     if jax.process_count() > 1:
         settings = [settings_of(task, args), args.mesh, args.every, args.report]
         settings = json.dumps(settings).encode()

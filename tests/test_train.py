@@ -736,6 +736,7 @@ def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_pat
     mixer.load(tuned / "model.npz", larger)
 
 
+@pytest.mark.usefixtures("quick")
 def test_blank_examples_take_no_slot_of_an_expert():
     """Whatever they hold, the others of their group get the same logits."""
     config = change(SMALL_MOE, image_size=8, channels=1, classes=3, capacity_factor=0.5)
@@ -840,7 +841,8 @@ def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
     refused("it is not a ViT of this kind", *checkpoint, model="vit")
     refused("--dropout is not for moe", *size, "--dropout", 0.1, model="moe")
     refused("fsdp=True is not supported: experts are", *size, "--fsdp", model="moe")
-    refused("7 images on a device are not a mult", *size, "--batch", 7, model="moe")
+    groups = "--batch 6 is not a multiple of data x accumulate x group=2: 4"
+    refused(groups, *size, "--batch", 6, "--accumulate", 2, model="moe")
     refused("it is not a V-MoE", "--checkpoint", tmp_path / "vit.npz", model="moe")
 
 
@@ -884,20 +886,14 @@ def test_resume_compares_what_matters_and_not_where_the_data_lies(brightness, tm
         )
     run("--data", other, *flags, "--steps", 2, "--out", out, "--resume", status=2)
     assert "has checksum of the pictures=" in capsys.readouterr().err
-    run(
-        "--data",
-        moved,
-        "--validation",
-        moved,
-        *flags,
-        "--steps",
-        2,
-        "--out",
-        out,
-        "--resume",
-        status=2,
-    )
-    assert "has checksum of the pictures=" in capsys.readouterr().err
+    sources = [pictures.open_pictures(path) for path in (str(moved), other)]
+    args = train.make_parser().parse_args(["vit"])
+    rows = np.arange(4)
+    checksums = [
+        train.settings_of(train.Task(vit, TINY, None, sources[0], rows, held_out, rows), args)
+        for held_out in sources
+    ]
+    assert checksums[0] != checksums[1]  # held-out pictures count, too
 
 
 @pytest.mark.usefixtures("quick")

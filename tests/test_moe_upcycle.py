@@ -1,4 +1,4 @@
-"""examples/moe_upcycle.py: a V-MoE from a dense checkpoint, and its costs."""
+"""examples/moe_upcycle.py, a V-MoE from a dense checkpoint; and examples/train.py with moe.py."""
 
 import argparse
 import dataclasses
@@ -167,3 +167,90 @@ def test_mistakes_are_told_in_one_line(flags, message, tmp_path, capsys, monkeyp
     error = capsys.readouterr().err
     assert error.startswith("moe_upcycle.py: ") and message in error
     assert len(error.splitlines()) == 1
+
+
+# ==== moe.py in examples/train.py =================================================================
+
+SMALL_MOE = moe.Config(
+    patch_size=4, width=16, depth=1, heads=2, mlp=16, moe_blocks=(0,), experts=4, group=2
+)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """The flags of 40 pictures of two classes, and a small row of SIZES."""
+    monkeypatch.setitem(moe.SIZES, "small", SMALL_MOE)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(40) % 2)
+    return ["--data", str(tmp_path / "data.npz"), "--out", str(tmp_path / "run"), "--steps", "2"]
+
+
+def random_moe_params(config):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(moe.init_params, config=config), jax.random.key(0))
+    return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.usefixtures("quick")
+def test_blank_examples_take_no_slot_of_an_expert():
+    """Whatever they hold, the others of their group get the same logits."""
+    config = dataclasses.replace(
+        SMALL_MOE, image_size=8, channels=1, classes=3, capacity_factor=0.5
+    )
+    params = random_moe_params(config)
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)
+    blanks = np.array([True, False, True, False])
+    forward = train.make_forward(moe, config, mesh_of(1, 1))
+
+    def logits(images, labels):
+        return np.asarray(forward(params, {"images": images, "labels": labels}))[~blanks]
+
+    labels = np.where(blanks, -1, 0)
+    got = logits(images, labels)
+    other = np.where(blanks[:, None, None, None], 0, images)
+    np.testing.assert_array_equal(got, logits(other, labels))
+    assert np.abs(got - logits(images, np.zeros(4, int))).max() > 0.01  # there they take slots
+
+
+def test_fields_that_set_gives():
+    def fields(*given, model="moe"):
+        flags = [flag for text in given for flag in ("--set", text)]
+        return train.fields_to_set(train.make_parser().parse_args([model, *flags]))
+
+    given = ("k=1", "noise_std=2", "pool=gap", "representation=8", "batch_priority=true")
+    assert fields(*given, "moe_blocks=[0,2]") == {
+        **{"k": 1, "noise_std": 2.0, "pool": "gap", "representation": 8},
+        **{"batch_priority": True, "moe_blocks": (0, 2)},
+    }
+    assert fields(model="vit") == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--set expert=8", "--set expert=8: the field is not one of width, depth"),
+        ("--set dtype=bfloat16", "--set dtype=bfloat16: the field is not one of"),
+        ("--set k=two", "--set k=two: the value is not of type int"),
+        ("--set k", "--set k: the value is not of type int"),
+        ("--set batch_priority=1", "--set batch_priority=1: the value is not of type bool"),
+        ("--set k=9", "k=9 is more than experts=4"),
+        ("--dropout 0.1", "--dropout is not for moe"),
+        ("--fsdp", "fsdp=True is not supported: experts are"),
+        (
+            "--batch 6 --accumulate 2",
+            "--batch 6 is not a multiple of data x accumulate x group=2: 4",
+        ),
+        ("--gradient sam --rho 0.1 --perturb shard", "and those of moe are sharded"),
+    ],
+)
+def test_train_py_refuses_in_one_line(flags, message, data, capsys):
+    assert train.main(["moe", *data, "--size", "small", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_train_py_refuses_the_checkpoint_of_a_vit(data, tmp_path, capsys):
+    vit.save(tmp_path / "vit.npz", random_params(), DENSE)
+    assert train.main(["moe", *data, "--checkpoint", str(tmp_path / "vit.npz")]) == 2
+    assert "it is not a V-MoE" in capsys.readouterr().err

@@ -19,7 +19,6 @@ import optax
 import pytest
 
 import mixer
-import moe
 import vit
 from common import ROOT, close, close_gradients, golden, mesh_of, part
 
@@ -515,9 +514,6 @@ def test_fit_probe_is_at_its_minimum():
 
 SMALL = vit.Config(patch_size=4, width=16, depth=1, heads=4, mlp=32)
 SMALL_MIXER = mixer.Config(patch_size=4, width=16, depth=2, tokens_mlp=8, channels_mlp=32)
-SMALL_MOE = moe.Config(
-    patch_size=4, width=16, depth=1, heads=2, mlp=16, moe_blocks=(0,), experts=4, group=2
-)
 
 
 @pytest.fixture(autouse=True)
@@ -525,7 +521,6 @@ def small(monkeypatch):
     """A row of SIZES that compiles fast."""
     monkeypatch.setitem(vit.SIZES, "small", SMALL)
     monkeypatch.setitem(mixer.SIZES, "small", SMALL_MIXER)
-    monkeypatch.setitem(moe.SIZES, "small", SMALL_MOE)
 
 
 def run(*flags, status=0, model="vit"):
@@ -715,7 +710,7 @@ def test_fine_tuning_and_probing_of_a_released_checkpoint(brightness, tmp_path, 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_path, capsys):
+def test_a_mixer_is_trained_and_adapted_to_twice_the_size(brightness, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--data", brightness, "--batch", 16, "--steps", 30, "--crop", 1]
     recipe = ["--size", "small", "--recipe", "ImageNet", "--learning-rate", 0.03]
@@ -727,32 +722,12 @@ def test_a_mixer_is_trained_and_fine_tuned_at_twice_the_size(brightness, tmp_pat
     trained = change(SMALL_MIXER, image_size=8, channels=1, classes=3, stochastic_depth=0.1)
     assert about["model"] == "mixer" and mixer.Config(**about["config"]) == trained
 
-    tuned = tmp_path / "tuned"
-    checkpoint = ["--checkpoint", out / "model.npz", "--image-size", 16, "--out", tuned]
-    run(*flags, *checkpoint, "--steps", 2, model="mixer")
-    about = json.loads((tuned / "model.json").read_text())
-    larger = change(trained, image_size=16, tokens_mlp=32, stochastic_depth=0.0)
-    assert mixer.Config(**about["config"]) == larger
-    mixer.load(tuned / "model.npz", larger)
-
-
-@pytest.mark.usefixtures("quick")
-def test_blank_examples_take_no_slot_of_an_expert():
-    """Whatever they hold, the others of their group get the same logits."""
-    config = change(SMALL_MOE, image_size=8, channels=1, classes=3, capacity_factor=0.5)
-    params = random_params(config, model=moe)
-    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 1)).astype(np.float32)
-    blanks = np.array([True, False, True, False])
-    forward = train.make_forward(moe, config, mesh_of(1, 1))
-
-    def logits(images, labels):
-        return np.asarray(forward(params, {"images": images, "labels": labels}))[~blanks]
-
-    labels = np.where(blanks, -1, 0)
-    got = logits(images, labels)
-    other = np.where(blanks[:, None, None, None], 0, images)
-    np.testing.assert_array_equal(got, logits(other, labels))
-    assert np.abs(got - logits(images, np.zeros(4, int))).max() > 0.01  # there they take slots
+    flags = ["mixer", "--data", brightness, "--checkpoint", str(out / "model.npz")]
+    args = train.make_parser().parse_args([*flags, "--image-size", "16"])
+    task = train.read_task(args)
+    larger = change(trained, image_size=16, tokens_mlp=32)
+    assert task.config == larger
+    mixer.check_names(*map(mixer.named_leaves, (task.params, mixer.param_table(larger))), "adapted")
 
 
 @pytest.mark.usefixtures("quick")
@@ -800,9 +775,6 @@ def test_flags_of_gsam_are_checked(brightness, tmp_path, capsys):
     whole = "--perturb shard needs all weights on every device: a --mesh with model=1 and no --fsdp"
     refused(whole, f"{shard} --mesh data=2,model=2")
     refused(whole, f"{shard} --fsdp")
-    flags = ["--data", brightness, "--size", "small", "--out", tmp_path, *shard.split()]
-    run(*flags, model="moe", status=2)
-    assert "and those of moe are sharded" in capsys.readouterr().err
 
 
 def test_a_recipe_sets_what_no_flag_does():
@@ -839,35 +811,6 @@ def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
     refused("(12, 12) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 12)
     refused("(4, 4) is not a multiple of (8, 8): a Mixer's", *checkpoint, "--image-size", 4)
     refused("it is not a ViT of this kind", *checkpoint, model="vit")
-    refused("--dropout is not for moe", *size, "--dropout", 0.1, model="moe")
-    refused("fsdp=True is not supported: experts are", *size, "--fsdp", model="moe")
-    groups = "--batch 6 is not a multiple of data x accumulate x group=2: 4"
-    refused(groups, *size, "--batch", 6, "--accumulate", 2, model="moe")
-    refused("it is not a V-MoE", "--checkpoint", tmp_path / "vit.npz", model="moe")
-
-
-def test_fields_to_set_are_checked(brightness, tmp_path, capsys):
-    def fields(*flags, model="moe"):
-        return train.fields_to_set(train.make_parser().parse_args([model, *flags]))
-
-    given = ("k=1", "noise_std=2", "pool=gap", "representation=8", "batch_priority=true")
-    flags = [flag for text in (*given, "moe_blocks=[0,2]") for flag in ("--set", text)]
-    assert fields(*flags) == {
-        **{"k": 1, "noise_std": 2.0, "pool": "gap", "representation": 8},
-        **{"batch_priority": True, "moe_blocks": (0, 2)},
-    }
-    assert fields(model="vit") == {}
-    for text, message in {
-        "expert=8": "--set expert=8: the field is not one of width, depth",
-        "dtype=bfloat16": "--set dtype=bfloat16: the field is not one of",
-        "k=two": "--set k=two: the value is not of type int",
-        "k": "--set k: the value is not of type int",
-        "batch_priority=1": "--set batch_priority=1: the value is not of type bool",
-        "k=9": "k=9 is more than experts=4",
-    }.items():
-        flags = ["--data", brightness, "--size", "small", "--set", text, "--out", tmp_path]
-        run(*flags, model="moe", status=2)
-        assert message in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("quick")

@@ -1482,7 +1482,8 @@ def kept_patches(params, images):
     images uint8 [B,28,28,1] -> bool [B,28,28]: whether a pixel's patch has one.
     """
     config = dataclasses.replace(DIGITS, capacity_factor=LOW, batch_priority=True)
-    _, reports = encode(params, images.astype(np.float32) / 127.5 - 1, config)
+    run = jax.jit(functools.partial(encode, config=config))
+    _, reports = run(params, images.astype(np.float32) / 127.5 - 1)
     slots = reports[config.moe_blocks[-1]].routing.slots  # [G,M,k]
     kept = (slots < capacity(slots.shape[1], config)).any(-1)
     kept = np.asarray(kept).reshape(len(images), *config.grid)

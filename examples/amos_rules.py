@@ -1,16 +1,21 @@
-"""Which scale and which slots Amos gives to every weight of a ViT, a Mixer, BERT and T5.
+"""The scale and the slots that Amos gives to every weight of a ViT, a Mixer, a V-MoE, BERT and T5.
 
-What      The resolved table of amos.py's rules for models that are written down here as shapes: path, shape,
-          eta, slots, bytes, and their sum beside AdamW's. For another model: its shapes and, where a name is
-          new, one rule.
-Paper     Tian & Parikh 2022, arXiv:2210.11693. The rules for BERT are those of the official code; it has none
-          for the others (its own refuse a ViT), and no T5: theirs follow the same reasons.
-Needs     amos.py.
-Run       python examples/amos_rules.py vit-b16        (mixer-b16, bert-base, t5-base; --momentum 0.9)
-Axes      D width  H heads  K head size  F hidden units of MLP  L blocks  T tokens  V vocabulary
+    python examples/amos_rules.py vit-b16
+    python examples/amos_rules.py t5-base --momentum 0.9
+
+Prints a line for each parameter: path, shape, eta, shape and bytes of its slots; last their sum,
+beside that of AdamW. For a model of one's own: its tree of shapes and, where a name is new, a Rule.
+
+The rules for BERT are those of the official code, and those for convolutions of its README. The
+rules for T5 are those that the first author published for his experiments with t5x
+(google-research/jestimator, issue 9), as far as they are readable there: scale 1, embedding 1,
+relative positions 0.5, query sqrt(1 / (D * 64)), the MLP's second kernel sqrt(2 / F). What he says
+of the other kernels, and of the shapes of slots, is not preserved: these are ours, by the same
+reasons. So are the rules for ViT, Mixer and V-MoE, for which the official code has none.
 """
 
 import argparse
+import math
 import pathlib
 import sys
 
@@ -20,84 +25,157 @@ import jax.numpy as jnp
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import amos  # noqa: E402, found by the line above from whichever folder this is started
+import mixer  # noqa: E402
+import moe  # noqa: E402
+import vit  # noqa: E402
+from amos import ALL, ALL_BUT_LAST, LAST, Rule  # noqa: E402
 
-NORM = {"scale": ("D",), "bias": ("D",)}
+# ==== Rules =======================================================================================
+
+# The network for MNIST of the official README: most pixels are near zero, and so is half of what
+# comes out of a ReLU.
+CONVOLUTION = (
+    Rule("scale", ALL, eta=1.0),
+    Rule("bias", ALL, eta=0.5),
+    Rule("Conv_0/kernel", ALL_BUT_LAST, gain=8),
+    Rule("(Dense_1|head)/kernel", ALL_BUT_LAST, gain=1),
+    Rule("kernel", ALL_BUT_LAST, gain=2),
+)
+
+T5_HEAD = 64  # units of a head
+T5 = (
+    Rule("scale", ALL, eta=1.0),
+    Rule("embedding", LAST, eta=1.0),  # T5 does not scale them down
+    Rule("rel_embedding", LAST, eta=0.5),
+    # T5 does not divide the scores by the root of the head's size: its queries are smaller by that.
+    Rule("query/kernel", ALL_BUT_LAST, gain=1 / T5_HEAD),
+    Rule("wo/kernel", ALL_BUT_LAST, gain=2),
+    Rule("kernel", ALL_BUT_LAST),
+)
+
+# ==== Models, as trees of shapes ==================================================================
 
 
-def shapes(tree, **sizes):
-    """A tree of float32 shapes from one of tuples of letters and numbers."""
-    leaf = lambda row: jax.ShapeDtypeStruct([sizes.get(n, n) for n in row], jnp.float32)
+def shapes_of(tree):
+    """Tuples (size, ...) as float32 arrays that take no memory."""
+
+    def leaf(shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def dense(*kernel, bias=None):
-    """A layer with a kernel and a bias, of the kernel's last axis if nothing else is said."""
-    return {"kernel": kernel, "bias": bias or kernel[-1:]}
+def norm(width):
+    """A LayerNorm."""
+    return {"scale": (width,), "bias": (width,)}
 
 
-def vit():
-    """vit.py's B/16 with pool="gap": blocks stacked on a leading axis L."""
-    blocks = {name: {"scale": ("L", "D"), "bias": ("L", "D")} for name in ("norm1", "norm2")}
-    blocks |= {name: dense("L", "D", "H", "K", bias=("L", "H", "K")) for name in ("query", "key", "value")}
-    blocks |= {"out": dense("L", "H", "K", "D", bias=("L", "D"))}
-    blocks |= {"mlp1": dense("L", "D", "F", bias=("L", "F")), "mlp2": dense("L", "F", "D", bias=("L", "D"))}
-    ends = {"embed": dense(16, 16, 3, "D"), "position": (196, "D"), "norm": NORM, "head": dense("D", 1000)}
-    return shapes(ends | {"blocks": blocks}, D=768, H=12, K=64, F=3072, L=12)
-
-
-def mixer():
-    """Mixer-B/16 under the names of the released checkpoints: 196 tokens, token MLP of 384."""
-    mlp = lambda n, hidden: {"Dense_0": dense(n, hidden), "Dense_1": dense(hidden, n)}
-    block = {"LayerNorm_0": NORM, "token_mixing": mlp(196, 384), "LayerNorm_1": NORM}
-    block |= {"channel_mixing": mlp("D", 3072)}
-    tree = {f"MixerBlock_{i}": block for i in range(12)}
-    tree |= {"stem": dense(16, 16, 3, "D"), "pre_head_layer_norm": NORM, "head": dense("D", 1000)}
-    return shapes(tree, D=768)
+def dense(inputs, outputs):
+    """A dense layer."""
+    return {"kernel": (inputs, outputs), "bias": (outputs,)}
 
 
 def bert():
-    """BERT-base as the official code pre-trains it, names shortened: 32,000 words, kernels of two axes."""
-    layer = {name: dense("D", "D") for name in ("query", "key", "value", "attention_out")}
-    layer |= {"dense1": dense("D", "F"), "dense2": dense("F", "D")}
-    layer |= {"attention_layer_norm": NORM, "layer_norm": NORM}
-    tables = {"token_embed": ("V", "D"), "position_embed": (512, "D"), "segment_embed": (1, "D")}
-    tree = {"embedder": {name: {"embedding": shape} for name, shape in tables.items()} | {"layer_norm": NORM}}
-    tree |= {"encoder": {f"layer_{i}": layer for i in range(12)}}
-    tree |= {"mlm": dense("D", "D"), "mlm_layer_norm": NORM, "mlm_output": {"bias": ("V",)}}
-    return shapes(tree, D=768, F=3072, V=32_000)
+    """BERT-base as the official code trains it: 32,000 words, names shortened, kernels [in,out]."""
+    width = 768
+    hidden = 3072
+    words = 32_000
+    layer = {
+        **{name: dense(width, width) for name in ("query", "key", "value", "attention_out")},
+        "attention_layer_norm": norm(width),
+        "dense1": dense(width, hidden),
+        "dense2": dense(hidden, width),
+        "layer_norm": norm(width),
+    }
+    tree = {
+        "embedder": {
+            "token_embed": {"embedding": (words, width)},
+            "position_embed": {"embedding": (512, width)},
+            "segment_embed": {"embedding": (1, width)},
+            "layer_norm": norm(width),
+        },
+        "encoder": {f"layer_{i}": layer for i in range(12)},
+        "mlm": dense(width, width),
+        "mlm_layer_norm": norm(width),
+        "mlm_output": {"bias": (words,)},
+    }
+    return shapes_of(tree)
 
 
 def t5():
-    """T5-base, version 1.0: 32,128 words, no biases, relative positions [heads, buckets], head tied."""
-    kernel, norm = lambda *shape: {"kernel": shape}, {"scale": ("D",)}
-    attention = {name: kernel("D", "D") for name in ("query", "key", "value", "out")}
-    mlp = {"wi": kernel("D", "F"), "wo": kernel("F", "D")}
+    """T5-base, version 1.0: 32,128 words, no biases, relative positions, output tied to input."""
+    width = 768
+    hidden = 3072
+    scale = {"scale": (width,)}
+    attention = {name: {"kernel": (width, width)} for name in ("query", "key", "value", "out")}
     encoder = {
         "attention": attention,
-        "mlp": mlp,
-        "pre_attention_layer_norm": norm,
-        "pre_mlp_layer_norm": norm,
+        "pre_attention_layer_norm": scale,
+        "mlp": {"wi": {"kernel": (width, hidden)}, "wo": {"kernel": (hidden, width)}},
+        "pre_mlp_layer_norm": scale,
     }
-    decoder = encoder | {"encoder_decoder_attention": attention, "pre_cross_attention_layer_norm": norm}
-    tree = {"token_embedder": {"embedding": ("V", "D")}}
+    decoder = {
+        **encoder,
+        "encoder_decoder_attention": attention,
+        "pre_cross_attention_layer_norm": scale,
+    }
+    tree = {"token_embedder": {"embedding": (32_128, width)}}
     for name, layer in (("encoder", encoder), ("decoder", decoder)):
-        tree[name] = {f"layers_{i}": layer for i in range(12)}
-        tree[name] |= {"relpos_bias": {"rel_embedding": (12, 32)}, f"{name}_norm": norm}
-    return shapes(tree, D=768, F=3072, V=32_128)
+        tree[name] = {
+            **{f"layers_{i}": layer for i in range(12)},
+            "relpos_bias": {"rel_embedding": (12, 32)},
+            f"{name}_norm": scale,
+        }
+    return shapes_of(tree)
 
 
-MODELS = {"vit-b16": (vit, amos.TRANSFORMER), "mixer-b16": (mixer, amos.TRANSFORMER)}
-MODELS |= {"bert-base": (bert, amos.TRANSFORMER), "t5-base": (t5, amos.TRANSFORMER)}
+def shapes_in(module, config):
+    """The parameters of vit.py, mixer.py or moe.py."""
+    return jax.eval_shape(lambda key: module.init_params(key, config), jax.random.key(0))
+
+
+# name -> (function that makes the tree of shapes, rules)
+MODELS = {
+    "vit-b16": (lambda: shapes_in(vit, vit.Config(pool="gap")), amos.TRANSFORMER),
+    "mixer-b16": (lambda: shapes_in(mixer, mixer.Config()), amos.TRANSFORMER),
+    "moe-s32": (lambda: shapes_in(moe, moe.SIZES["S/32"]), amos.TRANSFORMER),
+    "bert-base": (bert, amos.TRANSFORMER),
+    "t5-base": (t5, T5),
+}
+
+
+def describe(params, rules, momentum=None) -> str:
+    """The table of a tree of shapes: a line for each parameter, last the sum."""
+    rows = [("parameter", "shape", "eta", "slots", "bytes")]
+    total = 0
+    adamw = 0
+    leaves = amos.resolve(params, amos.eta_rules(rules), amos.slot_rules(rules))
+    for leaf, param in zip(leaves, jax.tree.leaves(params)):
+        entry = amos.wide(param).itemsize
+        size = 2 * entry * math.prod(leaf.slot)
+        if momentum:
+            size += entry * math.prod(param.shape)
+        total += size
+        adamw += 2 * entry * math.prod(param.shape)
+        shape = str(tuple(param.shape))
+        rows.append((leaf.name, shape, f"{leaf.eta:.4g}", f"2 x {leaf.slot}", f"{size:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    lines.append(f"{total:,} bytes of slots, {total / adamw:.2%} of AdamW's {adamw:,}")
+    return "\n".join(lines)
 
 
 def main(argv=None) -> int:
-    """Prints the table of a model."""
+    """Prints the table of a model. Returns the exit status 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--momentum", type=float, default=None)
     args = parser.parse_args(argv)
-    tree, table = MODELS[args.model][0](), MODELS[args.model][1]
-    print(amos.describe_rules(tree, amos.eta_rules(table), amos.slot_rules(table), args.momentum))
+    make, rules = MODELS[args.model]
+    print(describe(make(), rules, args.momentum))
     return 0
 
 

@@ -22,7 +22,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = [name for name in run_demos.FILES if (ROOT / f"{name}.py").exists()]
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in NAMES}
 FIELDS = ["Paper", "Here", "Not here", "Differs", "Claims", "Checked", "Run", "Axes"]
-FORMER_SHAPE = {"amos"}  # its docstring has a field more, "Read"
 MARK = "# same in every file"
 PACKAGES = {"jax", "numpy", "optax"}
 # Each file has its own text of these. Under any other name two files have one text, and mark it.
@@ -39,7 +38,6 @@ DEMO_FLAGS = {
     "performer": "--longest 12",
     "memeff_attention": "--longest 8",
     "vdm": "--steps 2 --data digits.npz",
-    "amos": "--batch 8 --data amos.py --steps 10 --adamw 0.01 --amos 0.05",
 }
 
 
@@ -55,7 +53,7 @@ def field_lines(source):
     fields = {"": []}
     current = ""
     for line in (ast.get_docstring(ast.parse(source)) or "").splitlines():
-        for field in [*FIELDS, "Read"]:
+        for field in FIELDS:
             if re.match(rf"{field}(\s|$)", line):
                 current = field
                 fields[field] = []
@@ -141,8 +139,6 @@ CHECKS = [check_docstring, check_imports, check_calls, check_finished]
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("check", CHECKS)
 def test_rules(check, name):
-    if check is check_docstring and name in FORMER_SHAPE:
-        pytest.skip("this file still has its former shape")
     silent(check(SOURCES[name]))
 
 

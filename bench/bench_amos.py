@@ -16,7 +16,9 @@ import argparse
 import functools
 import gzip
 import os
+import pathlib
 import random
+import sys
 import time
 from typing import NamedTuple
 
@@ -24,10 +26,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench_vit import ROOT, machine, write_section
 from jax import lax
 
-import amos
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # for `import amos`, started from any folder
+import amos  # noqa: E402
 
 BATCH = 32
 LOOK_EVERY = 10  # steps between two looks at the held-out text
@@ -302,6 +305,8 @@ def update_rows(pairs) -> list[str]:
 
 
 def main():
+    from bench_vit import machine, write_section  # it needs flax; the race does not
+
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=3, help="of each run of the race")
     parser.add_argument("--pairs", type=int, default=15, help="rounds of updates that count")

@@ -754,8 +754,14 @@ def held(tree):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize(
+    ("axis_type", "momentum"),
+    [
+        (AxisType.Auto, 0.9),
+        (AxisType.Explicit, None),
+        pytest.param(AxisType.Explicit, 0.9, marks=pytest.mark.long),
+    ],
+)
 def test_c6_slots_follow_their_parameters_on_a_mesh(axis_type, momentum):
     """init outside jit and inside, single steps, and steps in a scan."""
     params, grads = sharded_problem()
@@ -794,12 +800,11 @@ def psums(jaxpr):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("momentum", [None, 0.9])
-def test_c6_in_shard_map_each_device_updates_its_part(momentum):
+def test_c6_in_shard_map_each_device_updates_its_part():
     params, grads = sharded_problem()
-    want = steps_of(sharded_amos(momentum), params, grads)
+    want = steps_of(sharded_amos(0.9), params, grads)
     mesh = mesh_of(2, 4)
-    optimizer = sharded_amos(momentum, shapes=params, specs=SPECS)
+    optimizer = sharded_amos(0.9, shapes=params, specs=SPECS)
     places = amos.state_specs(optimizer, params, SPECS)
     assert amos_state(places).v == amos_state(places).b == SLOT_SPECS
     update = jax.shard_map(

@@ -1,4 +1,4 @@
-"""Amos: an Adam that takes its steps and its weight decay from the scale a weight should have.
+"""Amos: Adam with steps and weight decay that follow from the scale each weight should have.
 
     optimizer = amos(learning_rate=0.01, eta_fn=eta_rules(), shape_fn=slot_rules(), beta=0.99)
     state = optimizer.init(params)  # params: any tree of arrays; rules go by the names in it
@@ -10,29 +10,31 @@
 
 Paper     Tian & Parikh 2022, "Amos: An Adam-style Optimizer with Adaptive Weight Decay towards
           Model-Oriented Scale", arXiv:2210.11693 v2.
-Here      Algorithm 1 with clipping and momentum; slots that many entries share; rules that give
-          the scale eta and the slots of a Transformer's parameters by name; learning rates.
-Not here  Models, fine-tuning (the official code does it with Adam), saving: the state is a pytree.
-Differs   From the official code: v and b are float32 at least, where that has the parameters'
-          dtype, and in bfloat16 a beta of 0.999 is 1; a learning rate below zero counts as zero,
-          where that gives NaN for good; any pytree, not only those of Flax; a slot that does not
-          fit is refused by init, not by update. Its rules are expressions in strings, ours are a
-          table; for BERT they agree. As there, and unlike optax: schedules count from 1, clipping
-          is of each entry, momentum averages updates and not gradients.
+Here      Algorithm 1 with clipping and momentum; slots (the optimizer's arrays v and b) of which
+          many entries share one number; rules that give eta, the scale, and the slots of a
+          Transformer's parameters by their names; learning rates.
+Not here  Models; fine-tuning, for which the official code takes Adam; saving, since the state is a
+          pytree that any library saves.
+Differs   From the official code: v and b are float32 at least. There they have the parameters'
+          dtype, and in bfloat16 a beta of 0.999 is 1. A schedule below zero counts as zero, where
+          the official code gets NaN for good. Any pytree will do, not only those of Flax. init
+          refuses a slot that does not fit; there update fails. Rules are a table, not expressions
+          in strings. As in the official code, and unlike optax.adamw: schedules count from 1, and
+          momentum is a mean of the updates, not of the gradients.
 Claims    C1 the numbers of the official code
-          C2 slots take 51 % of AdamW's bytes with momentum and 0.2 % without
-          C3 weights go towards the scale eta, ever more slowly
-          C4 it reaches AdamW's last loss in fewer steps (bench/bench_amos.py; a long test)
-          C5 a gradient times a constant gives the same steps
-          C6 wrappers of optax take it: chain, MultiSteps, masked, partition, inject_hyperparams,
-             apply_if_finite; so do automatic, explicit and manual sharding
-          C7 two traps: scaling its updates by a rate once more, and adding decay once more
+          C2 slots of the paper's models take 51 % of AdamW's bytes with momentum, 0.2 % without
+          C3 the scale of a weight moves towards eta, ever more slowly
+          C4 fewer steps than AdamW to the same loss (in bench/bench_amos.py 75 % and 90 %)
+          C5 a gradient times a constant gives the same steps, for entries from 1e-17 to 1e18
+          C6 it works inside optax's chain, MultiSteps, masked, partition, inject_hyperparams and
+             apply_if_finite, and under automatic, explicit and manual sharding
+          C7 scaling its updates by a rate once more is wrong, and so is adding decay once more
 Checked   google-research/jestimator @ 326824a, amos.py and amos_helper.py: 14 runs of 20 or 30
           steps in float32 on a CPU; parameters differ by at most 2.4e-7.
 Run       python amos.py
           15 s on two CPU cores: an MLP on 4,000 digits, AdamW and Amos each at the best of three
           learning rates. Held-out loss 0.276 and 0.249 nats (5 seeds), 946,264 and 2,156 bytes of
-          slots; if Amos's loss is not the lower one, the demo exits with status 1
+          slots; if Amos's loss is the higher one, the demo exits with status 1
 Axes      B rows of a batch  D pixels  N classes  R learning rates  S seeds. Parameters have any
           shape; v and b have the same one, or 1 along axes that share a number, or ().
 """
@@ -62,15 +64,16 @@ def update_leaf(
 ):
     """One step of one parameter. Returns what to add to w, and the new v and b.
 
-    g, w [...]: gradient and parameter. v: running mean of the squared gradient; b: sum of the decay
-    so far. Entries along the axes `shared` have one v and one b together, which have size 1 there,
-    or shape () if all entries share. t: number of the step, from 1. xi: the learning rate. eta: the
-    scale that the entries of w should have. Inside shard_map, mesh_axes are the mesh axes over
-    which shared axes are cut.
+    g, w [...]: gradient and parameter. v: running mean of the squared gradient. b: the decay so
+    far; 1 + b is the product of 1 + gamma over the steps. Entries along the axes `shared` have one
+    v and one b together: these arrays have size 1 there, or the shape () if all entries share. t:
+    number of the step, from 1. xi: the learning rate. eta: the scale that the entries of w should
+    have. mesh_axes: inside shard_map, the mesh axes over which shared axes are cut.
     """
-    # M_2(g)^2, the mean of the squares over the entries that share a number.
+    # The paper's M_2(g)^2, the mean of the squares over the entries that share a number.
     count = math.prod(g.shape[i] for i in shared)
-    g2 = jnp.square(g).sum(shared, keepdims=v.ndim == g.ndim) / max(count, 1)
+    keepdims = v.ndim == g.ndim  # a slot of shape () has no axes to keep
+    g2 = jnp.square(g).sum(shared, keepdims=keepdims) / max(count, 1)  # 0 if w is empty
     if mesh_axes:
         g2 = lax.pmean(g2, mesh_axes)  # all-reduce: the mean over all parts of the parameter
 
@@ -79,12 +82,14 @@ def update_leaf(
     inverse = (1 - beta**t) / jnp.maximum(v, epsilon)  # 1 / v_hat
     step = xi * eta * jnp.sqrt(inverse) * g
 
-    # A step of xi * eta in a random direction makes w longer, gamma / 2 of w makes it shorter. The
-    # two are in balance where the scale of w is eta: so gamma does not depend on eta.
+    # A random step of xi * eta adds (xi * eta)^2 to the mean square of w, and a decay of gamma / 2
+    # takes gamma times it away. With gamma = xi^2 the two cancel where the mean square is eta^2.
+    # Here gamma is xi^2 times the square of the gradient over its usual square, and c.
     c = 1 / jnp.sqrt(1 + c_coef * jnp.sqrt(xi) * b)
     gamma = c * jnp.square(xi) * inverse * g2
 
-    # Both get smaller as the decay adds up: no schedule has to be planned to an end.
+    # As b grows, c weakens the decay, and d the step and the decay: so no schedule has to be
+    # planned for a number of steps that is known before.
     d = 1 / (1 + d_coef * jnp.sqrt(xi * eta) * b)
     update = -d * (step + (gamma / 2 + extra_l2) * w)
     b = b + gamma * (1 + b)
@@ -120,20 +125,34 @@ def amos(
     """The optimizer: clipped gradients, scale_by_amos with its arguments, momentum.
 
     clip_value: bounds each entry of the gradient. momentum: weight of the past in a running mean of
-    the updates, which needs a slot of the parameter's size. None or 0: without. Learning rate and
-    weight decay are in the updates already: do not chain optax.scale or add_decayed_weights.
+    the updates, which needs a slot of the parameter's size. None, or 0 and below as in the official
+    code: without. Learning rate and weight decay are in the updates already: do not chain
+    optax.scale or add_decayed_weights.
 
-    optax.inject_hyperparams needs static_args=("eta_fn", "shape_fn", "momentum", "clip_value"); a
-    schedule then counts from 0. Raises ValueError as scale_by_amos does, and for momentum >= 1.
+    The state is a ScaleByAmosState, in a tuple of optax.chain if there is clipping or momentum;
+    optax.tree.get(state, "v") finds v in both.
+
+    optax.inject_hyperparams needs static_args=("eta_fn", "shape_fn", "momentum", "clip_value"). It
+    counts from 0: give it lambda t: schedule(t + 1). Raises ValueError as scale_by_amos does, and
+    for momentum >= 1.
     """
     require(not momentum or momentum < 1, f"momentum={momentum} is not below 1")
-    numbers = (beta, extra_l2, d_coef, c_coef, epsilon)
     parts = []
     if clip_value and clip_value > 0:
         parts.append(optax.clip(clip_value))
-    parts.append(
-        scale_by_amos(learning_rate, eta_fn, shape_fn, *numbers, shapes=shapes, specs=specs)
+    update_rule = scale_by_amos(
+        learning_rate,
+        eta_fn,
+        shape_fn,
+        beta=beta,
+        extra_l2=extra_l2,
+        d_coef=d_coef,
+        c_coef=c_coef,
+        epsilon=epsilon,
+        shapes=shapes,
+        specs=specs,
     )
+    parts.append(update_rule)
     if momentum and momentum > 0:
         parts.append(mean_of_updates(momentum))
     if len(parts) == 1:
@@ -167,13 +186,18 @@ def scale_by_amos(
     d_coef, c_coef: how fast the steps, and the decay, get smaller.
     epsilon: least value of v.
     shapes, specs: needed inside shard_map only, where a device sees a part of a parameter: trees of
-        the whole parameters, or their shapes, and of their PartitionSpecs. See state_specs.
+        the whole parameters, as arrays or jax.ShapeDtypeStruct, and of their PartitionSpecs. See
+        state_specs. That they are missing is noticed only with check_vma=True, the default.
 
-    A row of an embedding that is not used has no gradient and is left alone. By the formula its
-    first step after 3,000 such steps is 30 times xi * eta (beta = 0.999): v has all but forgotten.
+    A row of an embedding that does not occur has the gradient zero, and does not move (without
+    momentum and extra_l2). When a row that has occurred once occurs again after 3,000 steps it
+    moves by 30 times xi * eta (beta = 0.999): v has nearly forgotten it, and its correction for the
+    start, which counts all steps, no longer helps. A gradient that is not finite makes v and b not
+    finite for good: wrap the optimizer in optax.apply_if_finite.
 
     Raises ValueError for a number that is out of range; from init, for a parameter that is not
-    real, an eta that is not above 0 and a slot that does not fit; from update, without params.
+    real, an eta that is not above 0 and a slot that does not fit; from update, without params, for
+    a gradient of another shape, and for a state that other rules have made.
     """
     numbers = {
         "beta": beta,
@@ -189,9 +213,10 @@ def scale_by_amos(
         """The Leaf of each parameter."""
         if shapes is None:
             return resolve(params, eta_fn, shape_fn)
-        # A tree without any leaf is a placeholder: optax.tree_map_params asks with one.
+        if not jax.tree.leaves(params):
+            return []  # optax.tree_map_params calls init with a placeholder that has no leaves
         require(
-            jax.tree.structure(shapes) == jax.tree.structure(params) or not jax.tree.leaves(params),
+            jax.tree.structure(shapes) == jax.tree.structure(params),
             "shapes= is another tree than the parameters",
         )
         return resolve(shapes, eta_fn, shape_fn, specs)
@@ -200,7 +225,8 @@ def scale_by_amos(
         leaves, treedef = jax.tree.flatten(params)
         slots = [zero_slot(w, leaf) for w, leaf in zip(leaves, resolved(params))]
         v = treedef.unflatten(slots)
-        b = treedef.unflatten([jnp.copy(slot) for slot in slots])  # an array of its own, to donate
+        # A copy: one buffer as v and as b could not be donated.
+        b = treedef.unflatten([jnp.copy(slot) for slot in slots])
         return ScaleByAmosState(jnp.zeros([], jnp.int32), v, b)
 
     def update(updates, state, params=None, **extra_args):
@@ -209,10 +235,14 @@ def scale_by_amos(
             "amos requires the current value of parameters: update(gradients, state, params)",
         )
         leaves, treedef = jax.tree.flatten(params)
-        require(
-            shapes is not None or not any(jax.typeof(w).mat.varying for w in leaves),
-            "amos inside shard_map needs shapes= and specs= of the whole parameters",
-        )
+        if shapes is None:
+            # What varies over a mesh axis is a part: this is inside shard_map.
+            require(
+                not any(jax.typeof(w).mat.varying for w in leaves),
+                "amos inside shard_map needs shapes= and specs= of the whole parameters",
+            )
+        else:
+            check_parts(leaves, *(treedef.flatten_up_to(tree) for tree in (shapes, specs)))
         count = optax.safe_increment(state.count)
         xi = learning_rate(count) if callable(learning_rate) else learning_rate
         xi = jnp.maximum(xi, 0)
@@ -222,6 +252,11 @@ def scale_by_amos(
             require(
                 g.shape == w.shape,
                 f"{leaf.name}: a gradient of shape {g.shape} for a parameter {w.shape}",
+            )
+            require(
+                v_old.shape == leaf.slot or shapes is not None or w.size == 0,
+                f"{leaf.name}: the state has a slot of shape {v_old.shape}, the rules give "
+                f"{leaf.slot}: was it made with other rules?",
             )
             new = update_leaf(
                 at_least_float32(g),
@@ -244,7 +279,7 @@ def scale_by_amos(
 
 
 def mean_of_updates(momentum):
-    """optax.ema in float32 at least: the first mean is 1 - momentum of the first update."""
+    """optax.ema in float32 at least; its first value is (1 - momentum) times the first update."""
     mean = optax.ema(momentum, debias=False)
 
     def init(params):
@@ -260,16 +295,17 @@ def mean_of_updates(momentum):
 def learning_rate_schedule(learning_rate, warmup=0, end=None, timescale=None):
     """A function of the step t = 1, 2 ..., as the official code has it.
 
-    It rises to learning_rate in `warmup` steps. Then it stays there; or falls in a line to 0 at
-    step `end`; or, with a timescale, as sqrt(timescale / (t + timescale)). Raises ValueError for
-    numbers out of range.
+    It is learning_rate times up to three factors: t / warmup, until that is 1; from the end of the
+    warm-up on a line from 1 to 0, which it reaches at step `end`; and, from the first step on,
+    sqrt(timescale / (t + timescale)). Raises ValueError for numbers out of range.
     """
     require(
         isinstance(learning_rate, jax.core.Tracer) or 0 <= learning_rate < math.inf,
         f"learning_rate={learning_rate} is not at least 0",
     )
-    require(end is None or end > warmup, f"end={end} is not after warmup={warmup}")
-    require(timescale is None or timescale > 0, f"timescale={timescale} is not above 0")
+    require(warmup >= 0, f"warmup={warmup} is not at least 0")
+    require(end is None or warmup < end < math.inf, f"end={end} is not after warmup={warmup}")
+    require(timescale is None or 0 < timescale < math.inf, f"timescale={timescale} is not above 0")
 
     def rate(t):
         xi = learning_rate
@@ -282,6 +318,9 @@ def learning_rate_schedule(learning_rate, warmup=0, end=None, timescale=None):
         return xi
 
     return rate
+
+
+# ==== Checks and dtypes ===========================================================================
 
 
 def require(ok, message):  # same in every file
@@ -301,23 +340,34 @@ def at_least_float32(x):  # same in every file
 
 
 def check_numbers(numbers: dict):
-    """Raises ValueError for a number that is known and out of range, or in bfloat16 or float16."""
-    least = {"epsilon": 2.0**-126}  # smaller ones are zero on many devices
-    bounds = {"beta": 1, "epsilon": 1}
+    """Raises ValueError for a number out of range, unless it is traced, or below 32 bits."""
+    ranges = {"beta": (0, 1), "epsilon": (2.0**-126, 1)}  # smaller ones are 0 on many devices
     for name, value in numbers.items():
-        if callable(value):
+        if callable(value):  # a schedule
             continue
-        low = least.get(name, 0)
-        high = bounds.get(name, math.inf)
+        lowest, below = ranges.get(name, (0, math.inf))
         if not isinstance(value, jax.core.Tracer):
             require(
-                low <= float(value) < high,
-                f"{name}={value} is not at least {low:g} and below {high}",
+                lowest <= float(value) < below,
+                f"{name}={value} is not at least {lowest:g} and below {below}",
             )
         dtype = jnp.dtype(getattr(value, "dtype", jnp.float32))
         require(
             dtype.itemsize >= 4,  # in bfloat16 a beta of 0.999 is 1
             f"{name} is {dtype}: use inject_hyperparams(..., hyperparam_dtype=jnp.float32)",
+        )
+
+
+def check_parts(params, shapes, specs):
+    """Raises ValueError unless the parts of a device, in shard_map, fit the whole and its specs."""
+    for w, whole, spec in zip(params, shapes, specs):
+        part = list(whole.shape)
+        for i, axes in enumerate(spec):
+            part[i] //= math.prod(lax.axis_size(axis) for axis in jax.tree.leaves(axes))
+        require(
+            w.shape == tuple(part),
+            f"shapes= and specs= say that a device has {tuple(part)} of {whole.shape}, by {spec}; "
+            f"it has {w.shape}",
         )
 
 
@@ -335,15 +385,15 @@ class Rule(NamedTuple):
     """eta and slots of the parameters whose path ends as the regular expression `path` says."""
 
     path: str
-    shared: slice  # axes whose entries share one number in v and b
-    eta: float | None = None  # None: sqrt(gain / n), n the number of entries that share
+    axes: slice  # those whose entries share one number in v and b; an axis of layers is not counted
+    eta: float | None = None  # None: sqrt(gain / n), where n entries share a number
     gain: float = 1.0
 
 
 # Outputs of a layer have scale 1 if its inputs have and the entries of its kernel have the scale
-# sqrt(1 / n), n the number of inputs; sqrt(2 / n) if half of the inputs are near zero, behind GELU
-# or ReLU. The first four rules and that of dense2 are those of the official code for BERT; the
-# others follow the same reasons for the names and shapes of vit.py, mixer.py and moe.py.
+# sqrt(1 / n), n the number of inputs; sqrt(2 / n) if half of the inputs are near zero, after a GELU
+# or ReLU. Scale, bias, embedding (of width n) and the MLP's second kernel are as in the official
+# code for BERT. The others follow the same reasons for the names of vit.py, mixer.py and moe.py.
 TRANSFORMER = (
     Rule("scale", ALL, eta=1.0),  # of LayerNorm
     Rule("bias", ALL, eta=0.5),
@@ -361,14 +411,17 @@ def eta_rules(rules=TRANSFORMER, stacked="blocks/"):
     """eta_fn by the first Rule that fits.
 
     Parameters below `stacked` have a leading axis of layers, which counts for nothing, unless the
-    path goes on with a number, as for a list of layers. None: there are no such. Raises ValueError
-    for a path that no rule fits.
+    path goes on with a number, as for a list of layers: "blocks/0/kernel", but not
+    "blocks/layer_0/kernel". None: there are no such. A kernel of a name that is not in the table is
+    taken to have its inputs first: see examples/amos_rules.py for how to look at what is resolved.
+    Raises ValueError for a path that no rule fits, and if a rule leaves no axis to count.
     """
 
     def eta_fn(path, shape):
         rule, axes = find_rule(rules, stacked, path, shape)
         if rule.eta is not None:
             return rule.eta
+        require(axes, f"{'/'.join(path)} {tuple(shape)}: the rule {rule.path} leaves no axis")
         n = math.prod(shape[i] for i in axes)
         return math.sqrt(rule.gain / max(n, 1))
 
@@ -395,17 +448,17 @@ def find_rule(rules, stacked, path, shape):
     """The first Rule that fits a path, and the axes that share a number."""
     name = "/".join(path)
     first = 0
-    if stacked and re.search(rf"(^|/){re.escape(stacked)}(?!\d+/)", name):
-        first = 1  # "blocks/kernel" is stacked, "blocks/0/kernel" is not
+    if stacked and re.search(rf"(^|/){re.escape(stacked.rstrip('/'))}/(?!\d+/)", name):
+        first = 1
     for rule in rules:
         if re.fullmatch(rf"(.*/)?({rule.path})", name):
-            return rule, range(first, len(shape))[rule.shared]
+            return rule, range(first, len(shape))[rule.axes]
     known = ", ".join(rule.path for rule in rules)
-    raise ValueError(f"no rule fits {name} {tuple(shape)}: there are {known}")
+    raise ValueError(f"no rule fits {name or 'the parameter'} {tuple(shape)}: there are {known}")
 
 
 class Leaf(NamedTuple):
-    """What is known of a parameter before the first step."""
+    """What is fixed about a parameter before the first step."""
 
     name: str  # its path, such as "blocks/mlp1/kernel"
     eta: float
@@ -417,8 +470,8 @@ class Leaf(NamedTuple):
 def resolve(params, eta_fn, shape_fn=None, specs=None) -> list:
     """The Leaf of each parameter, in the order of jax.tree.leaves.
 
-    params: a tree of arrays, or of anything with shape and dtype. eta_fn, shape_fn, specs: see
-    scale_by_amos, and for the errors, too.
+    params: a tree of arrays, or of anything with shape and dtype. eta_fn, shape_fn, specs and
+    errors: see scale_by_amos.
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     cuts = [P()] * len(leaves) if specs is None else treedef.flatten_up_to(specs)
@@ -438,7 +491,10 @@ def resolve(params, eta_fn, shape_fn=None, specs=None) -> list:
 
 
 def names_of(path):
-    """The strings of a path of jax.tree_util, without the ".value" of a boxed parameter of Flax."""
+    """The strings of a path of jax.tree_util, without the attribute "value" at its end.
+
+    Flax has parameters in boxes with that attribute. A field "value" of one's own is dropped, too.
+    """
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -510,20 +566,20 @@ def slot_spec(slot, spec, param):  # same in every file
 def state_specs(optimizer, params, specs):
     """The PartitionSpecs of an optimizer's state, a tree like optimizer.init(params).
 
-    params: the whole parameters, or their shapes; specs: a tree of their PartitionSpecs. update
-    under jit needs none of it, nor does init outside jit: slots follow their parameters. init under
-    jit needs them as out_shardings. In shard_map each device updates its part:
+    params: the whole parameters, or their shapes; specs: a tree of their PartitionSpecs. Under jit
+    slots follow their parameters without it, but for jax.jit(optimizer.init), whose out_shardings
+    must be made of these. In shard_map each device updates its part, with one all-reduce for each
+    parameter that is cut along an axis which shares a number; the gradients must be averaged over
+    the devices already:
 
         optimizer = amos(..., shapes=params, specs=specs)
-        places = state_specs(optimizer, params, specs)
+        opt_specs = state_specs(optimizer, params, specs)
         update = jax.shard_map(
             optimizer.update,
             mesh=mesh,
-            in_specs=(specs, places, specs),
-            out_specs=(specs, places),
+            in_specs=(specs, opt_specs, specs),
+            out_specs=(specs, opt_specs),
         )
-
-    with one all-reduce for each parameter that is cut along an axis which shares a number.
     """
     return optax.tree_map_params(
         optimizer,
@@ -657,7 +713,7 @@ def train(name, data: Split, steps, seed):
 
     Returns the steps after which they were examined; held-out losses [R,S,looks]; the root mean
     square of each parameter at the end, a tree of arrays [R,S]; and the bytes of one network's
-    slots. Raises FloatingPointError if no network has a finite loss.
+    slots. Raises FloatingPointError if no learning rate has a finite mean loss.
     """
     make = optimizers(steps)[name]
     rates = jnp.repeat(jnp.array(RATES[name]), SEEDS)
@@ -688,19 +744,20 @@ def train(name, data: Split, steps, seed):
         last = min(first + part, steps)
         state, loss = go_on(state, rates, keys, first, last)
         loss = np.asarray(loss).reshape(-1, SEEDS)
-        if not np.isfinite(loss).any():
-            raise FloatingPointError(f"step {last}: no held-out loss is finite")
+        means = loss.mean(1)
+        if not np.isfinite(means).any():
+            raise FloatingPointError(f"step {last}: no learning rate has a finite loss")
         after.append(last)
         losses.append(loss)
         left = (time.time() - started) / last * (steps - last)
-        best = np.nanmin(loss.mean(1))
+        best = np.nanmin(means)
         print(f"{name}: step {last}/{steps}  loss {best:.3f} nats  {left:.0f} s left", flush=True)
     params, opt_state = state
     scales = jax.tree.map(
         lambda w: jnp.sqrt(jnp.square(w).mean(tuple(range(1, w.ndim)))).reshape(-1, SEEDS), params
     )
-    size = sum(x.nbytes for x in jax.tree.leaves(opt_state)) // len(rates)
-    return after, np.stack(losses, -1), scales, size
+    slot_bytes = sum(x.nbytes for x in jax.tree.leaves(opt_state)) // len(rates)
+    return after, np.stack(losses, -1), scales, slot_bytes
 
 
 def draw(path, curves, scales):
@@ -712,12 +769,12 @@ def draw(path, curves, scales):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     leaves = resolve(jax.eval_shape(init_network, jax.random.key(0)), eta_rules(DIGITS))
-    places = range(len(leaves))
-    right.plot([leaf.eta for leaf in leaves], places, "k|", markersize=12, label="eta")
+    rows = range(len(leaves))
+    right.plot([leaf.eta for leaf in leaves], rows, "k|", markersize=12, label="eta")
     for name, (steps, losses) in curves.items():
         left.plot(steps, losses.mean(0), label=name)
         left.fill_between(steps, losses.min(0), losses.max(0), alpha=0.2)
-        right.plot(jax.tree.leaves(scales[name]), places, "o", label=name)
+        right.plot(jax.tree.leaves(scales[name]), rows, "o", label=name)
     left.set(xlabel="step", ylabel="held-out loss in nats", title="Mean of the seeds, range")
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")
@@ -727,7 +784,7 @@ def draw(path, curves, scales):
     right.set_xticks([], minor=True)
     right.set_xticks([0.03, 0.1, 0.3], ["0.03", "0.1", "0.3"])
     right.set_ylim(-0.5, len(leaves) + 1)  # with room for the legend
-    right.set_yticks(places, [leaf.name for leaf in leaves])
+    right.set_yticks(rows, [leaf.name for leaf in leaves])
     left.legend()
     right.legend(loc="upper left")
     figure.savefig(path, dpi=120)
@@ -735,7 +792,10 @@ def draw(path, curves, scales):
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 above MOST or if no loss is finite, 2 for bad input."""
+    """Returns the exit status: 1 for a bad result, 2 for bad input.
+
+    A result is bad if no loss is finite, or if it is above MOST with the default flags.
+    """
     parser = argparse.ArgumentParser(description="Trains on digits with AdamW and with Amos.")
     data_path = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
@@ -758,7 +818,7 @@ def main(argv=None) -> int:
     scales = {}
     for name, rates in RATES.items():
         try:
-            steps, losses, sizes, slots = train(name, data, args.steps, args.seed)
+            steps, losses, found, slot_bytes = train(name, data, args.steps, args.seed)
         except FloatingPointError as error:
             print(f"amos.py: {name}, {error}", file=sys.stderr)
             return 1
@@ -766,9 +826,9 @@ def main(argv=None) -> int:
         best = int(np.nanargmin(means))
         last[name] = means[best]
         curves[name] = steps, losses[best]
-        scales[name] = jax.tree.map(lambda x, best=best: float(x[best].mean()), sizes)
-        found = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in zip(rates, means))
-        print(f"{name}: held-out loss in nats by learning rate {found}; {slots:,} bytes of slots")
+        scales[name] = jax.tree.map(lambda x, best=best: float(x[best].mean()), found)
+        table = ", ".join(f"{rate:g}: {mean:.3f}" for rate, mean in zip(rates, means))
+        print(f"{name}: held-out loss by learning rate {table} nats; {slot_bytes:,} bytes of slots")
     got = last["Amos"] - last["AdamW"]
     defaults = (args.steps, args.seed, args.data) == (STEPS, 0, data_path)
     if defaults:

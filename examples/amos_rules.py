@@ -1,17 +1,17 @@
 """The scale and the slots that Amos gives to every weight of a ViT, a Mixer, a V-MoE, BERT and T5.
 
     python examples/amos_rules.py vit-b16
-    python examples/amos_rules.py t5-base --momentum 0.9
+    python examples/amos_rules.py t5-base --momentum
 
 Prints a line for each parameter: path, shape, eta, shape and bytes of its slots; last their sum,
 beside that of AdamW. For a model of one's own: its tree of shapes and, where a name is new, a Rule.
 
-The rules for BERT are those of the official code, and those for convolutions of its README. The
-rules for T5 are those that the first author published for his experiments with t5x
-(google-research/jestimator, issue 9), as far as they are readable there: scale 1, embedding 1,
-relative positions 0.5, query sqrt(1 / (D * 64)), the MLP's second kernel sqrt(2 / F). What he says
-of the other kernels, and of the shapes of slots, is not preserved: these are ours, by the same
-reasons. So are the rules for ViT, Mixer and V-MoE, for which the official code has none.
+The rules for BERT are those of the official code for its pre-training, and those for convolutions
+are of its README. The rules for T5 are those that the first author published for his experiments
+with t5x (google-research/jestimator, issue 9): scale 1, embedding 1, relative positions 0.5, query
+sqrt(1 / (D * 64)), the MLP's second kernel sqrt(2 / F). What he wrote there of the other kernels
+and of the slots was not at hand; those rules are ours, on the same grounds. So are the rules for
+ViT, Mixer and V-MoE, for which the official code has none.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import amos  # noqa: E402, found by the line above from whichever folder this is started
+import amos  # noqa: E402, found from any folder by the line above
 import mixer  # noqa: E402
 import moe  # noqa: E402
 import vit  # noqa: E402
@@ -32,8 +32,8 @@ from amos import ALL, ALL_BUT_LAST, LAST, Rule  # noqa: E402
 
 # ==== Rules =======================================================================================
 
-# The network for MNIST of the official README: most pixels are near zero, and so is half of what
-# comes out of a ReLU.
+# The network for MNIST of the official README, to copy: most pixels are near zero, and so is half
+# of what comes out of a ReLU.
 CONVOLUTION = (
     Rule("scale", ALL, eta=1.0),
     Rule("bias", ALL, eta=0.5),
@@ -47,7 +47,7 @@ T5 = (
     Rule("scale", ALL, eta=1.0),
     Rule("embedding", LAST, eta=1.0),  # T5 does not scale them down
     Rule("rel_embedding", LAST, eta=0.5),
-    # T5 does not divide the scores by the root of the head's size: its queries are smaller by that.
+    # T5 does not divide scores by the root of the head's size: queries are smaller by that factor.
     Rule("query/kernel", ALL_BUT_LAST, gain=1 / T5_HEAD),
     Rule("wo/kernel", ALL_BUT_LAST, gain=2),
     Rule("kernel", ALL_BUT_LAST),
@@ -57,7 +57,7 @@ T5 = (
 
 
 def shapes_of(tree):
-    """Tuples (size, ...) as float32 arrays that take no memory."""
+    """The tree with a float32 jax.ShapeDtypeStruct for each tuple of sizes."""
 
     def leaf(shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -144,7 +144,7 @@ MODELS = {
 }
 
 
-def describe(params, rules, momentum=None) -> str:
+def describe(params, rules, momentum=False) -> str:
     """The table of a tree of shapes: a line for each parameter, last the sum."""
     rows = [("parameter", "shape", "eta", "slots", "bytes")]
     total = 0
@@ -172,7 +172,7 @@ def main(argv=None) -> int:
     """Prints the table of a model. Returns the exit status 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--momentum", type=float, default=None)
+    parser.add_argument("--momentum", action="store_true", help="count the slot of momentum, too")
     args = parser.parse_args(argv)
     make, rules = MODELS[args.model]
     print(describe(make(), rules, args.momentum))

@@ -536,7 +536,19 @@ def test_bfloat16_keeps_float32_slots_that_move(rate):
     assert {x.dtype for x in jax.tree.leaves(amos_state(state)[1:])} == {jnp.dtype("float32")}
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
     exact = steps_of(optimizer, cast(params, np.float32), cast(grads, np.float32))[1]
-    close(amos_state(state).v, amos_state(exact).v, 1e-5)
+    for got, want in zip(
+        jax.tree.leaves(amos_state(state).v), jax.tree.leaves(amos_state(exact).v)
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_mean_of_bfloat16_updates_is_float32():
+    params = cast(some_params(), jnp.bfloat16)
+    grads = gradients_of(params)
+    _, state, _ = steps_of(amos.amos(0.1, **RULES, momentum=0.9), params, grads, 1)
+    updates = steps_of(amos.amos(0.1, **RULES), params, grads, 1)[2]
+    for mean, update in zip(jax.tree.leaves(state[-1].ema), jax.tree.leaves(updates)):
+        np.testing.assert_allclose(mean, 0.1 * np.asarray(update, np.float32), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -672,6 +684,10 @@ def test_a_rule_fits_the_end_of_a_path_and_whole_parts_of_it():
     assert amos.slot_rules(stacked=None)(("blocks", "x", "bias"), (7, 4)) == ()
     assert eta(("params", "blocks", "x", "kernel"), (7, 4, 9)) == 0.5  # as Flax wraps them
     assert eta(("blocks", "3", "x", "kernel"), (4, 9)) == 0.5  # a list of layers, none stacked
+    assert amos.eta_rules(stacked="blocks")(("blocks", "3", "x", "kernel"), (4, 9)) == 0.5
+    message = r"blocks/layer_3/kernel \(4, 9\): the rule kernel leaves no axis"
+    with pytest.raises(ValueError, match=message):
+        eta(("blocks", "layer_3", "kernel"), (4, 9))
 
 
 def test_the_value_of_a_box_is_not_part_of_a_name():
@@ -843,6 +859,27 @@ def test_in_shard_map_it_asks_for_the_whole_shapes():
         update(grads, optimizer.init(params), params)
 
 
+@pytest.mark.parametrize("what", ["shapes", "specs"])
+def test_in_shard_map_the_parts_must_fit_the_whole(what):
+    params, grads = sharded_problem()
+    places = amos.state_specs(sharded_amos(), params, SPECS)
+    whole = {"shapes": params, "specs": SPECS}
+    if what == "shapes":
+        whole["shapes"] = {**params, "kernel": jnp.ones((4, 16))}
+    else:
+        whole["specs"] = {**SPECS, "kernel": P()}
+    optimizer = sharded_amos(**whole)
+    update = jax.shard_map(
+        optimizer.update,
+        mesh=mesh_of(2, 4),
+        in_specs=(SPECS, places, SPECS),
+        out_specs=(SPECS, places),
+    )
+    want = r"a device has \(2, 4\) of \(4, 16\)|a device has \(8, 16\) of \(8, 16\)"
+    with pytest.raises(ValueError, match=rf"({want}), by .*; it has \(4, 4\)"):
+        update(grads, sharded_amos().init(params), params)
+
+
 def test_specs_of_a_chain_with_others():
     params, _ = sharded_problem()
     optimizer = optax.chain(
@@ -950,6 +987,10 @@ def test_update_wants_the_parameters_and_gradients_like_them():
     message = r"the parameter: a gradient of shape \(1,\) for a parameter \(3,\)"
     with pytest.raises(ValueError, match=message):
         optimizer.update(jnp.ones(1), optimizer.init(w), w)
+    other = amos.amos(0.1, 1.0, lambda path, shape: ())
+    message = r"the state has a slot of shape \(\), the rules give \(3,\): was it made with other"
+    with pytest.raises(ValueError, match=message):
+        optimizer.update(w, other.init(w), w)
 
 
 @pytest.mark.parametrize(
@@ -958,6 +999,9 @@ def test_update_wants_the_parameters_and_gradients_like_them():
         ({"learning_rate": -1.0}, "learning_rate=-1.0 is not at least 0"),
         ({"learning_rate": 0.1, "warmup": 5, "end": 5}, "end=5 is not after warmup=5"),
         ({"learning_rate": 0.1, "timescale": 0}, "timescale=0 is not above 0"),
+        ({"learning_rate": 0.1, "timescale": math.inf}, "timescale=inf is not above 0"),
+        ({"learning_rate": 0.1, "end": math.inf}, "end=inf is not after warmup=0"),
+        ({"learning_rate": 0.1, "warmup": -5}, "warmup=-5 is not at least 0"),
     ],
 )
 def test_learning_rate_schedule_refuses(options, message):
@@ -1068,7 +1112,7 @@ def test_demo_trains_and_draws(tiny, tmp_path, capsys):
     # 8 + 8 + 10 columns and 3 biases, v and b of 4 bytes each, and the number of steps.
     slots = 2 * 4 * (8 + 8 + 10 + 3) + 4
     assert any(
-        re.fullmatch(rf"Amos: held-out loss .* rate {rates}; {slots} bytes of slots", line)
+        re.fullmatch(rf"Amos: held-out loss .* rate {rates} nats; {slots} bytes of slots", line)
         for line in lines
     )
     result = r"result: held-out loss of Amos less that of AdamW: got -?\d+\.\d{3} nats, "
@@ -1099,10 +1143,7 @@ def test_demo_compares_the_best_rates(found, capsys):
     found["Amos"] = [[2, 2], [np.nan, 0.1], [1.2, 1.4]]
     assert amos.main([]) == 0
     text = capsys.readouterr().out
-    assert (
-        "AdamW: held-out loss in nats by learning rate 0.001: 2.000, 0.002: 1.400, 0.004: nan"
-        in text
-    )
+    assert "AdamW: held-out loss by learning rate 0.001: 2.000, 0.002: 1.400, 0.004: nan" in text
     assert "got -0.100 nats, expected -0.03 nats, at most 0.0 nats" in text
     found["Amos"] = [[2, 2], [2, 1], [3, 3]]
     assert amos.main([]) == 1  # worse
@@ -1129,10 +1170,17 @@ def test_demo_trains_on_one_schedule_with_both():
 
 @pytest.mark.usefixtures("quick", "small_demo")
 def test_demo_stops_if_no_loss_is_finite(tiny, capsys, monkeypatch):
-    monkeypatch.setattr(amos, "network_loss", lambda params, images, labels: jnp.float32(jnp.nan))
+    # The first of the two seeds is lost at every rate.
+    def loss(params, images, labels):
+        weight = params["dense3"]["kernel"][0, 0]
+        return jnp.where(jnp.abs(weight - first) < 0.1 * jnp.abs(first), jnp.nan, 1.0)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    first = amos.init_network(keys[0])["dense3"]["kernel"][0, 0]
+    monkeypatch.setattr(amos, "network_loss", loss)
     assert amos.main(["--data", tiny, "--steps", "2"]) == 1
     error = capsys.readouterr().err
-    assert error == "amos.py: AdamW, step 1: no held-out loss is finite\n"
+    assert error == "amos.py: AdamW, step 1: no learning rate has a finite loss\n"
 
 
 def test_demo_prints_its_result_where_it_cannot_draw(found, capsys, monkeypatch):

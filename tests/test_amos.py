@@ -389,6 +389,13 @@ def test_c6_state_is_like_the_parameters_and_scans():
     close(scanned, looped[0])
 
 
+def test_c6_its_state_can_be_donated():
+    optimizer = amos.amos(0.1, 1.0, momentum=0.9)
+    state = optimizer.init(jnp.ones(3))
+    jax.jit(lambda state: state, donate_argnums=0)(state)  # raises if two arrays are one buffer
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
 def test_c6_chains_after_global_clipping():
     params = some_params()
     grads = gradients_of(params)

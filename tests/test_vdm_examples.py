@@ -190,6 +190,13 @@ def test_mixing_on_a_great_circle():
     close(vdm_ode.on_great_circle(a, b, share), [[2, 0], [half, half], [0, 2]], 1e-6)
     for same in (a, a + 1e-6):  # not 0 / 0
         close(vdm_ode.on_great_circle(a, same, share), [[2, 0]] * 3, 1e-5)
+    for row in np.random.default_rng(0).normal(size=(20, 50)).astype(np.float32):
+        close(vdm_ode.on_great_circle(row, row, share), [row] * 3, 1e-5)  # cosines above 1, too
+
+
+def test_runge_kutta_is_of_fourth_order():
+    got = vdm_ode.integrate(lambda y, gamma: y, 1.0, 0.0, 1.0, 8)
+    assert float(got) == pytest.approx(math.e, rel=1e-5)
 
 
 def random_pictures(count):
@@ -234,6 +241,16 @@ def test_shares_are_positive_and_whole():
     starts = vdm_compress.level_starts(logits)
     assert (starts[:, 0] == 0).all() and (starts[:, -1] == 2**vdm_compress.SHARE_BITS).all()
     assert (np.diff(starts) > 0).all()
+
+
+def test_shares_of_the_levels_are_those_of_the_decoder():
+    params = vdm.init_params(jax.random.key(0), TINY)
+    coder = vdm_compress.Coder(params, TINY, 3)
+    z_0 = np.random.default_rng(0).normal(size=16)
+    got = np.diff(coder.decoder(z_0)) / 2**vdm_compress.SHARE_BITS
+    z = jnp.asarray(z_0 / vdm_compress.alpha(TINY.gamma_min), jnp.float32)
+    want = jax.nn.softmax(vdm.decoder_logits(z, TINY.gamma_min, TINY.levels))
+    close(got, want, 1e-4)
 
 
 def test_pictures_come_back_and_so_do_the_first_bits():

@@ -183,7 +183,14 @@ def test_c1_golden_of_encoder_and_decoder():
         close(grads[1], arrays[f"grad/g_0_{i}"][0], 1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in GOLDENS if name.startswith("loss")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loss_continuous_fixed", "loss_continuous_scalar", "loss_continuous_nnet_attention"),
+        "loss_discrete_nnet_iid_time_T7",
+        pytest.param("loss_discrete_scalar_T10", marks=pytest.mark.long),  # of both there is one
+    ],
+)
 def test_c1_golden_of_the_losses(name):
     """Terms and gradients of the whole bound, with the captured draws."""
     meta, arrays = golden(name)

@@ -1063,7 +1063,6 @@ DIGITS = Config(
 )
 HELD_OUT = 300
 REPEATS = 5  # draws for each held-out picture
-SAMPLE_STEPS = 100
 REPORT = 50  # steps between lines of progress
 MOST = 2.3  # bits per dimension of the held-out digits, with the default flags
 
@@ -1255,7 +1254,7 @@ def main(argv=None) -> int:
     else:
         expected = "expected unknown, at most unknown"
     print(f"result: held-out bits per dimension: got {cost['total']:.2f}, {expected}")
-    pictures = np.asarray(sample(params, sample_key, 32, DIGITS, steps=SAMPLE_STEPS, mesh=mesh))
+    pictures = np.asarray(sample(params, sample_key, 32, DIGITS, steps=100, mesh=mesh))
     try:
         draw(args.out, params, pictures, found)
         print(f"wrote {args.out}")

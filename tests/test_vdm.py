@@ -964,7 +964,7 @@ def small_demo(monkeypatch, tmp_path):
     """The flags of a demo on a few digits."""
     monkeypatch.setattr(vdm, "HELD_OUT", 12)
     monkeypatch.setattr(vdm, "REPEATS", 2)
-    monkeypatch.setattr(vdm, "SAMPLE_STEPS", 2)
+    monkeypatch.setattr(vdm, "sample", lambda *args, **options: np.zeros((32, 8, 8, 1)))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 17, (40, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "tiny.npz", images=images)
@@ -1017,7 +1017,6 @@ def test_demo_prints_its_result_where_it_cannot_draw(small_demo, capsys, monkeyp
     params = random_params(vdm.DIGITS)
     monkeypatch.setattr(vdm, "train", lambda *args: params)
     monkeypatch.setattr(vdm, "compare_schedules", lambda *args: None)
-    monkeypatch.setattr(vdm, "sample", lambda *args, **kwargs: np.zeros((32, 8, 8, 1)))
     assert vdm.main(small_demo) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("result: held-out bits per dimension: got ")

@@ -148,6 +148,11 @@ def test_files_that_cannot_be_converted(tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
     refused("is not a readable .safetensors", tmp_path / "bad.safetensors", "--from", "timm")
     vit.write_npz(tmp_path / "vit.npz", random_official(vit, VIT))
+    (tmp_path / "folder.safetensors").mkdir()
+    flat = convert.from_official(random_official(mixer, MIXER), "timm")
+    with pytest.raises(ValueError, match="folder.safetensors cannot be written"):
+        convert.write_arrays(tmp_path / "folder.safetensors", flat)
+    assert not list(tmp_path.glob("*.part"))
     refused(
         "pre_logits/.*: huggingface has no place for it",
         tmp_path / "vit.npz",

@@ -14,7 +14,8 @@ Here      Algorithm 1 with clipping and momentum; slots (the optimizer's arrays 
           many entries share one number; rules that give eta, the scale, and the slots of a
           Transformer's parameters by their names; learning rates.
 Not here  Models; fine-tuning, for which the official code takes Adam; saving, since the state is a
-          pytree that any library saves.
+          pytree that any library saves. Tables of eta and slots: examples/amos_rules.py. Training
+          on your own pictures: examples/train.py.
 Differs   From the official code: v and b are float32 at least. There they have the parameters'
           dtype, and in bfloat16 a beta of 0.999 is 1. A schedule below zero counts as zero, where
           the official code gets NaN for good. Any pytree will do, not only those of Flax. init
@@ -30,11 +31,12 @@ Claims    C1 the numbers of the official code
              apply_if_finite, and under automatic, explicit and manual sharding
           C7 scaling its updates by a rate once more is wrong, and so is adding decay once more
 Checked   google-research/jestimator @ 326824a, amos.py and amos_helper.py: 14 runs of 20 or 30
-          steps in float32 on a CPU; parameters differ by at most 2.4e-7.
+          steps in float32 on a CPU; parameters differ by at most 2.4e-7. The claims are tests in
+          tests/test_amos.py.
 Run       python amos.py
           15 s on two CPU cores: an MLP on 4,000 digits, AdamW and Amos each at the best of three
           learning rates. Held-out loss 0.276 and 0.249 nats (5 seeds), 946,264 and 2,156 bytes of
-          slots; if Amos's loss is the higher one, the demo exits with status 1
+          slots; above 0 nats that Amos's loss is higher than AdamW's, it fails
 Axes      B rows of a batch  D pixels  N classes  R learning rates  S seeds. Parameters have any
           shape; v and b have the same one, or 1 along axes that share a number, or ().
 """
@@ -88,8 +90,8 @@ def update_leaf(
     c = 1 / jnp.sqrt(1 + c_coef * jnp.sqrt(xi) * b)
     gamma = c * jnp.square(xi) * inverse * g2
 
-    # As b grows, c weakens the decay, and d the step and the decay: so no schedule has to be
-    # planned for a number of steps that is known before.
+    # As b grows, c weakens the decay, and d both the step and the decay, so no schedule needs to
+    # know the number of steps in advance.
     d = 1 / (1 + d_coef * jnp.sqrt(xi * eta) * b)
     update = -d * (step + (gamma / 2 + extra_l2) * w)
     b = b + gamma * (1 + b)
@@ -295,9 +297,9 @@ def mean_of_updates(momentum):
 def learning_rate_schedule(learning_rate, warmup=0, end=None, timescale=None):
     """A function of the step t = 1, 2 ..., as the official code has it.
 
-    It is learning_rate times up to three factors: t / warmup, until that is 1; from the end of the
-    warm-up on a line from 1 to 0, which it reaches at step `end`; and, from the first step on,
-    sqrt(timescale / (t + timescale)). Raises ValueError for numbers out of range.
+    It is learning_rate times up to three factors: t / warmup, up to 1; after the warm-up, a linear
+    fall from 1 to 0 at step `end`; and, from the first step on, sqrt(timescale / (t + timescale)).
+    Raises ValueError for numbers out of range.
     """
     require(
         isinstance(learning_rate, jax.core.Tracer) or 0 <= learning_rate < math.inf,
@@ -412,8 +414,8 @@ def eta_rules(rules=TRANSFORMER, stacked="blocks/"):
 
     Parameters below `stacked` have a leading axis of layers, which counts for nothing, unless the
     path goes on with a number, as for a list of layers: "blocks/0/kernel", but not
-    "blocks/layer_0/kernel". None: there are no such. A kernel of a name that is not in the table is
-    taken to have its inputs first: see examples/amos_rules.py for how to look at what is resolved.
+    "blocks/layer_0/kernel". None: no parameter has one. A kernel whose name is not in the table is
+    assumed to have its inputs first; examples/amos_rules.py shows how to print what was resolved.
     Raises ValueError for a path that no rule fits, and if a rule leaves no axis to count.
     """
 
@@ -493,7 +495,7 @@ def resolve(params, eta_fn, shape_fn=None, specs=None) -> list:
 def names_of(path):
     """The strings of a path of jax.tree_util, without the attribute "value" at its end.
 
-    Flax has parameters in boxes with that attribute. A field "value" of one's own is dropped, too.
+    Flax has parameters in boxes with that attribute. A field "value" of your own is dropped, too.
     """
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]

@@ -36,15 +36,16 @@ Claims    C1 exact for every length, chunk, mask and bias
           C7 with a causal mask the FLOPs approach half
 Checked   google-research/google-research @ 30adf0e, memory_efficient_attention, in float32. Largest
           errors, relative to the largest value: 2.0e-6 (outputs) and 8.6e-6 (gradients) where
-          scores differ much between chunks, elsewhere 4.8e-7 and 1.8e-6.
+          scores differ much between chunks, elsewhere 4.8e-7 and 1.8e-6. The claims are tests in
+          tests/test_memeff_attention.py.
 Run       python memeff_attention.py
           25 s on two CPU cores: at n = 16,384 attention needs 98 times less memory than its
-          definition, its gradient 113 times (229 and 168 times with JAX 0.12). Exits with status 1
-          below what the abstract states, 59 and 32.
+          definition, its gradient 113 times (229 and 168 times with JAX 0.12); below 59 and 32
+          times, which the abstract states, it fails
 Axes      B batch  T queries  S keys  G heads of keys  R = H / G heads of queries for each of them
           H heads of queries  K size of a query or key  V size of a value
           t queries and s keys of a tile.  T|1: length T, or 1 if it broadcasts.
-          Inside shard_map B, T and S are sizes per device.
+          Inside shard_map B, T and S are sizes on one device.
 """
 
 import argparse
@@ -258,8 +259,8 @@ def attention(
     Call it under jit; everything but the arrays must be static. A score below -1e30 counts as not
     seen. On a GPU float32 is multiplied as TF32 unless JAX is told otherwise. Under jit, arrays
     that are sharded over Auto axes of a mesh are gathered onto every device; to avoid that, call it
-    inside jax.shard_map, with sharded batch or heads, or use ring_attention. In float64 on a CPU do
-    not jax.vmap it but use axis B: under vmap XLA computes a wrong lse (JAX 0.10.2, 0.12.0.1).
+    inside jax.shard_map, with sharded batch or heads, or use ring_attention. In float64 on a CPU
+    use axis B, not jax.vmap: under vmap XLA computes a wrong lse (JAX 0.10.2, 0.12.0.1).
 
     Raises ValueError for arguments that do not go together, NotImplementedError for what "pallas"
     does not support.
@@ -442,7 +443,7 @@ def tile_shapes(x: Arrays, causal, window, q_chunk=None, kv_chunk=None):
     q_chunk and kv_chunk where they are given, else
     - what is fastest on two CPU cores: 2,048 x 512 forward and 512 x 2,048 backward, and 512 x 512
       with a causal mask;
-    - at most about the window, since what it hides is computed in vain;
+    - about the window at most, since the scores it hides are computed for nothing;
     - fewer if a tile has many heads;
     - in tiles of about equal size: 2,049 queries are two tiles of 1,088, not 2,048 and 1.
     """
@@ -837,8 +838,8 @@ def send(axis, tree):
 def visit(fixed: Ring, distance, add, carry):
     """carry after add(plan, carry) for the block of keys of the device `distance` before this one.
 
-    With a causal mask only the own block has the mask; of an earlier device all keys are seen, of a
-    later one, which is before this one round the end of the ring, none.
+    With a causal mask only a device's own block needs the mask: all keys of earlier devices are
+    seen, and none of later ones, which come before this one round the end of the ring.
     """
     all_keys = fixed.plan._replace(causal=False)
     if not fixed.plan.causal:
@@ -1124,8 +1125,10 @@ def check_out(path):  # same in every file
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 if less memory is saved than the paper says, 2 for bad input."""
-    parser = argparse.ArgumentParser(description="The memory and time of attention against n.")
+    """Returns the exit status: 1 below the floor, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        description="Measures the memory and time of attention against n."
+    )
     parser.add_argument(
         "--longest", type=int, default=14, help="up to n = 2 to this power, even, 8 to 20"
     )
@@ -1149,7 +1152,6 @@ def main(argv=None) -> int:
         expected = f"expected {show(EXPECTED)}, at least {show(FLOOR)}"
     name = f"times less memory at n = {lengths[-1]:,}, inference and gradient"
     print(f"result: {name}: got {show(got)}, {expected}")
-
     try:
         draw(args.out, lengths, results)
         print(f"wrote {args.out}")

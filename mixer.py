@@ -21,7 +21,7 @@ Not here  What did not help (App. A), mixup and RandAugment, the recipes for JFT
           your own pictures: examples/train.py.
 Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, kernels
           drawn by lecun_normal, biases and the head zero; a branch that stochastic depth keeps is
-          not divided by its probability to be kept. Image sizes must be multiples of the patch
+          not divided by its probability of being kept. Image sizes must be multiples of the patch
           size, where the official code pads. App. C is applied to rectangles too.
           From the official code: variance as mean((x - mean)^2), not E[x^2] - E[x]^2; rows with
           the label -1 are masked.
@@ -177,7 +177,7 @@ def preprocess(pixels, size=None):  # same in every file
 
 
 def patchify(images, patch_size):  # same in every file
-    """Cuts images into patches, row by row (Sec. 3.1). [B,height,width,C] -> [B,patches,h,w,C]."""
+    """Cuts images into patches, row by row. [B,height,width,C] -> [B,patches,h,w,C]."""
     B, height, width, C = images.shape
     h, w = patch_size
     patches = images.reshape(B, height // h, h, width // w, w, C)
@@ -402,7 +402,7 @@ class Param:  # same in every file
     """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
 
     shape: tuple
-    spec: P  # the mesh axis that shards each array axis; "data" applies with Config.fsdp only
+    spec: P  # the mesh axis that shards each array axis, if any
     init: Callable  # (key, shape, dtype) -> array
 
 
@@ -758,7 +758,7 @@ PREFIXES = (
 
 
 def named_leaves(tree) -> dict:  # same in every file
-    """Path -> leaf of any tree of arrays: {"blocks/mlp1/kernel": ...}."""
+    """Path -> leaf of any tree of arrays: {"a/b/kernel": ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

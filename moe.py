@@ -18,9 +18,8 @@ Here      Mixture of experts (Sec. 2.1), its place in a Vision Transformer, capa
           Batch Prioritized Routing, the importance and load losses (App. A.2), sizes up to 15B,
           experts that are sharded over devices.
 Not here  Dropout; Soft MoE, experts that choose tokens, ensembles (E3), the MAP head, experts
-          without capacity; the released files, which are sharded and not .npz. Weights of a dense
-          model as experts are made by examples/moe_upcycle.py, serious training is the work of
-          examples/train.py.
+          without capacity; the released files, which are sharded and not .npz. A V-MoE from a
+          dense model: examples/moe_upcycle.py. Training on your own pictures: examples/train.py.
 Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, a zero
           head. All experts of a block start alike. Capacity is rounded up to a multiple of 4.
           From the official code: the router computes in float32 whatever the dtype.
@@ -42,12 +41,12 @@ Checked   google-research/vmoe @ 942a78b: logits, losses and gradients of whole 
 Run       python moe.py
           81 s on two CPU cores. Trained with a capacity factor of 1.05 and tested with 0.25, Batch
           Prioritized Routing gets 4.6 points more of the held-out digits right (85.4 %, not
-          80.8 %; over three seeds 1.0 to 4.6). Below 0.5 points it fails
+          80.8 %; over three seeds 1.0 to 4.6); below 0.5 points it fails
 Axes      B batch  T tokens of an image, class token first  G groups  M tokens of a group
           E experts  k experts of a token  c slots of an expert for one group  D width  F hidden
           units  H heads  K features of a head  S keys  L blocks  N classes  R representation
-          C channels  h, w height and width of a patch. Inside shard_map B and G are those of one
-          device, and so is E in the experts' weights.
+          C channels  h, w height and width of a patch. Inside shard_map B, G and, in the
+          experts' weights, E are sizes on one device.
 """
 
 import argparse
@@ -259,7 +258,7 @@ def preprocess(pixels, size=None):  # same in every file
 
 
 def patchify(images, patch_size):  # same in every file
-    """Cuts images into patches, row by row (Sec. 3.1). [B,height,width,C] -> [B,patches,h,w,C]."""
+    """Cuts images into patches, row by row. [B,height,width,C] -> [B,patches,h,w,C]."""
     B, height, width, C = images.shape
     h, w = patch_size
     patches = images.reshape(B, height // h, h, width // w, w, C)
@@ -408,9 +407,9 @@ def route(gates, valid, config: Config) -> Routing:
 def give_slots(experts, order, valid, number):
     """The slots of one group. experts int [M,k], order int [M], valid bool [M] -> int [M,k].
 
-    order lists the tokens as they are served, number is that of all experts. A choice's slot is the
-    number of valid choices of the same expert that were served before it, including those that will
-    be dropped. The result is in the order of the tokens.
+    order lists the tokens as they are served; number is how many experts there are. A choice's slot
+    is the number of valid choices of the same expert that were served before it, including those
+    that will be dropped. The result is in the order of the tokens.
     """
     M, k = experts.shape
     queue = experts[order].T.ravel()  # [k*M]: the first choices of all tokens, then the second
@@ -497,7 +496,7 @@ def squared_variation(x):
 
 
 class Report(NamedTuple):
-    """What a mixture tells about its routing; the metrics are made of it."""
+    """What a mixture reports about its routing; the metrics are computed from it."""
 
     routing: Routing
     valid: jax.Array  # bool [G,M]: the tokens that took part
@@ -787,7 +786,7 @@ class Param:  # same in every file
     """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
 
     shape: tuple
-    spec: P  # the mesh axis that shards each array axis; "data" applies with Config.fsdp only
+    spec: P  # the mesh axis that shards each array axis, if any
     init: Callable  # (key, shape, dtype) -> array
 
 
@@ -817,7 +816,7 @@ def param_table(config: Config) -> dict:
         """A dense layer from the first `axes` axes to the others."""
         inputs = tuple(range(axes))
         outputs = tuple(range(axes, len(shape)))
-        # As the official code: fan-in and fan-out of [D,H,K] are those of a matrix [D,H*K].
+        # As in the official code: fan-in and fan-out of [D,H,K] are those of a matrix [D,H*K].
         init = init or glorot_uniform(in_axis=inputs, out_axis=outputs)
         return {"kernel": Param(shape, P(), init), "bias": Param(shape[axes:], P(), zeros)}
 
@@ -1118,7 +1117,7 @@ OFFICIAL_BLOCK = {  # below Encoder/encoderblock_0, encoderblock_1, ...
 
 
 def named_leaves(tree) -> dict:  # same in every file
-    """Path -> leaf of any tree of arrays: {"blocks/mlp1/kernel": ...}."""
+    """Path -> leaf of any tree of arrays: {"a/b/kernel": ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -1431,7 +1430,7 @@ def evaluate(params, config: Config, mesh, images, labels):
         )
         right = (logits.argmax(-1) == labels).sum()
         if data_axis:
-            right = lax.psum(right, data_axis)  # all-reduce: of all devices
+            right = lax.psum(right, data_axis)  # all-reduce: the right guesses of all devices
         return right, metrics
 
     specs = param_specs(config, mesh), P(data_axis)

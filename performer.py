@@ -27,8 +27,7 @@ Differs   From the official code:
           The quotient is exact. The official one adds 2e-6 to denominators below 1e-6, which at a
           length of 4,096 alters 67 % of the causal rows. Here only a denominator below 1e-30 is
           special: it gives zeros.
-Claims    Tested in tests/test_performer.py:
-          C1 the features are unbiased (Lemma 1)
+Claims    C1 the features are unbiased (Lemma 1)
           C2 where exp(q.k) is small, positive features have a far smaller error than trigonometric
              ones; their mean squared errors are those of Lemma 2
           C3 orthogonal projections have a smaller error than independent ones (Theorem 2)
@@ -39,15 +38,16 @@ Claims    Tested in tests/test_performer.py:
           C8 finite in bfloat16 at queries and keys of norm 30, value and gradient
           C9 a sequence cut over devices gives the same numbers; the traffic does not grow with it
 Checked   google-research/google-research @ 0c1bbe5, performer/fast_attention/jax: features,
-          attention and gradients agree within 2.5e-6 of the largest value, projections too.
+          attention, gradients and projections in float32 on a CPU differ by at most 2.5e-6 of the
+          largest value. The claims are tests in tests/test_performer.py.
 Run       python performer.py
           68 s on two CPU cores. With 256 features at |q| = |k| = 2 the error of attention is 0.16
-          of its size, and at a length of 4,096 it is 9 times as fast as softmax attention. The exit
-          status is 1 if the error is above 0.25 or the speed-up below 2.
+          of its size, and at a length of 4,096 it is 9 times as fast as softmax attention; with an
+          error above 0.25, or less than 2 times as fast, it fails
 Axes      B batch  T queries  S keys  H heads  K size of a query and a key  V size of a value
           M rows of the projection, and features; hyperbolic and trigonometric features are 2M
-          C = V + 1, a value and an appended 1  t tokens of a chunk. Inside shard_map sizes are
-          those of one device.
+          C = V + 1, a value and an appended 1  t tokens of a chunk. Inside shard_map B, T, S and
+          H are sizes on one device.
 """
 
 import argparse
@@ -157,7 +157,7 @@ class Features(NamedTuple):
 
 def project(x, projection):
     """w.x for each row w of the projection. [...,K] -> [...,M]."""
-    # A GPU or TPU would multiply float32 in fewer digits, and exp makes much of their loss.
+    # By default a GPU or TPU multiplies float32 with fewer digits, and exp magnifies the error.
     return jnp.matmul(x, projection.T, precision="highest")
 
 
@@ -255,7 +255,7 @@ def favor_attention(
 
     features   "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)); the sums
                of the last can be near 0, and an output then large. "relu" is another kernel, which
-               needs no projection. A function (x, projection) -> Features is a kernel of one's own:
+               needs no projection. A function (x, projection) -> Features is a kernel of your own:
                its x is a chunk [B,H,t,K] that has not been scaled by K^-1/4
     causal     query i sees the keys 0 ... i
     mask       bool [B,S], False for keys that are padding. A query without keys gives zeros; so
@@ -271,7 +271,7 @@ def favor_attention(
     dtype = q.dtype
     if mask is None:
         mask = jnp.ones(k.shape[:2], bool)
-    else:  # what stands in the padding does not matter, be it NaN
+    else:  # whatever the padding holds, even NaN, has no effect
         k = jnp.where(mask[:, :, None, None], k, 0)
         v = jnp.where(mask[:, :, None, None], v, 0)
     phi = functools.partial(features_of, projection=projection, features=features)
@@ -350,7 +350,7 @@ def normalize(buffer):
     """[Buf3 buf4] -> Buf3 / buf4; zeros where |buf4| is below TINY. [B,H,T,C] -> [B,H,T,V]."""
     numerator = buffer[..., :-1]
     denominator = buffer[..., -1:]
-    none = jnp.abs(denominator) <= TINY  # False for NaN, which so shows in the output
+    none = jnp.abs(denominator) <= TINY  # False for NaN, which therefore shows in the output
     # Both are divided by the denominator's value first. Else the gradient would divide by its
     # square, which float32 rounds to 0 where the denominator is small.
     divisor = lax.stop_gradient(jnp.where(none, 1, denominator))
@@ -691,8 +691,8 @@ def check_out(path):  # same in every file
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 for a result that is not good enough, 2 for bad input."""
-    parser = argparse.ArgumentParser(description="The error and the time of FAVOR+.")
+    """Returns the exit status: 1 for a bad result with the default flags, 2 for bad input."""
+    parser = argparse.ArgumentParser(description="Measures the error and the time of FAVOR+.")
     parser.add_argument(
         "--longest", type=int, default=14, help="the longest sequence is 2 to this power"
     )
@@ -713,17 +713,24 @@ def main(argv=None) -> int:
     error = errors[2, "positive", "orthogonal"][FEATURES.index(256)]
     at_4096 = lengths.index(4096)
     ratio = speeds["softmax"][at_4096].seconds / speeds["FAVOR+"][at_4096].seconds
+    defaults = (args.longest, args.seed) == (14, 0)
+    if defaults:
+        expected = (
+            f"expected {EXPECTED[0]:.3f} and {EXPECTED[1]:.1f}, at most {MOST_ERROR} and at least "
+            f"{LEAST_RATIO}"
+        )
+    else:
+        expected = "expected unknown, at most unknown"
     print(
         f"result: error with 256 features, times as fast as softmax at 4,096: got {error:.3f} and "
-        f"{ratio:.1f}, expected {EXPECTED[0]:.3f} and {EXPECTED[1]:.1f}, at most {MOST_ERROR} and "
-        f"at least {LEAST_RATIO}"
+        f"{ratio:.1f}, {expected}"
     )
     try:
         draw(args.out, errors, lengths, speeds)
         print(f"wrote {args.out}")
     except Exception as problem:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {type(problem).__name__}: {problem}")
-    return int(not (error <= MOST_ERROR and ratio >= LEAST_RATIO))
+    return int(defaults and not (error <= MOST_ERROR and ratio >= LEAST_RATIO))
 
 
 def run_program(main):  # same in every file

@@ -198,7 +198,7 @@ def preprocess(pixels, size=None):  # same in every file
 
 
 def patchify(images, patch_size):  # same in every file
-    """Cuts images into patches, row by row (Sec. 3.1). [B,height,width,C] -> [B,patches,h,w,C]."""
+    """Cuts images into patches, row by row. [B,height,width,C] -> [B,patches,h,w,C]."""
     B, height, width, C = images.shape
     h, w = patch_size
     patches = images.reshape(B, height // h, h, width // w, w, C)
@@ -515,7 +515,7 @@ class Param:  # same in every file
     """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
 
     shape: tuple
-    spec: P  # the mesh axis that shards each array axis; "data" applies with Config.fsdp only
+    spec: P  # the mesh axis that shards each array axis, if any
     init: Callable  # (key, shape, dtype) -> array
 
 
@@ -538,7 +538,7 @@ def param_table(config: Config) -> dict:
     def norm(*shape):
         return {"scale": Param(shape, P(), ones), "bias": Param(shape, P(), zeros)}
 
-    # As the official code: fan-in and fan-out of [D,H,K] are those of a matrix [D,H*K].
+    # As in the official code: fan-in and fan-out of [D,H,K] are those of a matrix [D,H*K].
     split_heads = glorot_uniform(in_axis=1, out_axis=(2, 3), batch_axis=0)
     merge_heads = glorot_uniform(in_axis=(1, 2), out_axis=3, batch_axis=0)
     matrix = glorot_uniform(in_axis=1, out_axis=2, batch_axis=0)
@@ -864,7 +864,7 @@ PREFIXES = (
 
 
 def named_leaves(tree) -> dict:  # same in every file
-    """Path -> leaf of any tree of arrays: {"blocks/mlp1/kernel": ...}."""
+    """Path -> leaf of any tree of arrays: {"a/b/kernel": ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -1114,8 +1114,8 @@ def place(mesh, images, labels):  # same in every file
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
-def train(config: Config, mesh, images, labels, steps, seed):
-    """Trains by Adam and a cosine schedule on images uint8 [B,28,28,1]. Returns the weights."""
+def make_optimizer(steps):  # same in every file
+    """Adam with the settings of the recipe "digits" and a cosine schedule of `steps` steps."""
     recipe = RECIPES["digits"]
     warmup = min(recipe.warmup, steps - 1)
     learning_rate = optax.warmup_cosine_decay_schedule(0, recipe.learning_rate, warmup, steps)
@@ -1123,17 +1123,22 @@ def train(config: Config, mesh, images, labels, steps, seed):
     def kernels(params):  # weight decay is for them alone
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
-    optimizer = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         optax.adamw(learning_rate, weight_decay=recipe.weight_decay, mask=kernels),
     )
+
+
+def train(config: Config, mesh, images, labels, steps, seed):
+    """Trains by Adam and a cosine schedule on images uint8 [B,28,28,1]. Returns the weights."""
+    optimizer = make_optimizer(steps)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     state = init_state(init_key, config, optimizer, mesh)
     step = make_train_step(config, optimizer, mesh)
     rng = np.random.default_rng(seed)
     started = time.time()
     for i in range(1, steps + 1):
-        rows = rng.integers(len(images), size=recipe.batch)
+        rows = rng.integers(len(images), size=RECIPES["digits"].batch)
         batch = place(mesh, augment(images[rows], rng), labels[rows])
         state, metrics = step(state, batch, step_key)
         loss = float(metrics["loss"])

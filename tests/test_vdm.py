@@ -389,6 +389,24 @@ def test_score_network_gets_what_the_losses_say():
     close(seen["z"], want, 1e-5)
 
 
+def test_convolution_is_the_same_on_a_cpu_and_elsewhere(monkeypatch):
+    """Value and gradient of the two forms; the second is XLA's own."""
+    rng = np.random.default_rng(0)
+    x, cotangent = rng.standard_normal((2, 2, 4, 5, 6), np.float32)
+    weights = {
+        "kernel": rng.standard_normal((3, 3, 6, 6), np.float32),
+        "bias": rng.standard_normal(6, np.float32),
+    }
+    found = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        y, pull = jax.vjp(vdm.convolve, x, weights)
+        found.append(jax.tree.leaves((y, pull(cotangent))))
+    for got, want in zip(*found):
+        close(got, want, 1e-5)
+    assert "conv_general_dilated" in str(jax.make_jaxpr(vdm.convolve)(x, weights))
+
+
 def test_conditioning_time_and_dropout_change_the_estimate():
     config = change(TINY, dropout=0.5)
     params = random_params(config)["score_model"]

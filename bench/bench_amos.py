@@ -63,7 +63,10 @@ RATES = {
 
 def init_params(key, race: Race):
     """Float32 weights: kernels and tables of deviation 0.02, as BERT's, and blocks stacked."""
-    L, D, H, F = race.depth, race.width, race.heads, 4 * race.width
+    L = race.depth
+    D = race.width
+    H = race.heads
+    F = 4 * D
     keys = iter(jax.random.split(key, 20))
 
     def normal(*shape):
@@ -247,7 +250,9 @@ def race_rows(race: Race, texts, seeds) -> list[str]:
 
 def two_layers():
     """Parameters of two layers of BERT-base, as normal draws, and as many gradients."""
-    D, F, L = 768, 3072, 2
+    D = 768
+    F = 3072
+    L = 2
 
     def draw(seed):
         keys = iter(jax.random.split(jax.random.key(seed), 20))

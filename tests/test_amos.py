@@ -792,7 +792,8 @@ def test_c6_slots_follow_their_parameters_on_a_mesh(axis_type, momentum):
     want = steps_of(optimizer, params, grads)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     with jax.set_mesh(mesh):
-        params, grads = put(params, SPECS, mesh), put(grads, SPECS, mesh)
+        params = put(params, SPECS, mesh)
+        grads = put(grads, SPECS, mesh)
         places = amos.state_specs(optimizer, params, SPECS)
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), places)
         for init in (optimizer.init, jax.jit(optimizer.init, out_shardings=shardings)):

@@ -290,18 +290,20 @@ def score_network(params, z, gamma, conditioning, config: Config, keys=None):
     cond = jax.nn.swish(dense(features, params["dense0"]))
     cond = jax.nn.swish(dense(cond, params["dense1"]))  # [B,4D]
 
+    run_block, run_attention = block, pixel_attention
+    if config.remat:  # the backward pass gets the inputs of both, and computes the rest again
+        run_block = jax.checkpoint(block, static_argnums=3)
+        run_attention = jax.checkpoint(pixel_attention)
+
     def layer(x, weights, number):
         """One block and, if there is one, its attention. number: for the keys of dropout."""
         layer_keys = None
         if keys is not None:
             layer_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-        x = block(x, cond, weights["block"], config, layer_keys)
+        x = run_block(x, cond, weights["block"], config, layer_keys)
         if "attn" in weights:
-            x = pixel_attention(x, weights["attn"])
+            x = run_attention(x, weights["attn"])
         return x
-
-    if config.remat:
-        layer = jax.checkpoint(layer)  # keeps the inputs of a layer, and computes the rest again
 
     def down(x, inputs):
         weights, number = inputs
@@ -352,18 +354,25 @@ def pixel_attention(x, weights):
 def convolve(x, weights):
     """3x3 convolution, the picture padded with zeros. [B,H,W,I] -> [B,H,W,O]."""
     kernel = weights["kernel"]  # [3,3,I,O]
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() == "cpu":
+        y = convolve_on_cpu(x, kernel)
+    else:
         axes = ("NHWC", "HWIO", "NHWC")
         y = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=axes)
-        return y + weights["bias"]
+    return y + weights["bias"]
 
-    # On a CPU the gradient of XLA's convolution is eleven times as slow as this product of
-    # matrices, which needs twice the memory.
-    _, H, W, _ = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = [padded[:, i : i + H, j : j + W] for i in range(3) for j in range(3)]
-    kernel = kernel.reshape(-1, kernel.shape[-1])
-    return jnp.concatenate(windows, axis=-1) @ kernel + weights["bias"]
+
+def convolve_on_cpu(x, kernel):
+    """A product of matrices: on a CPU the gradient of XLA's convolution is 12 times as slow."""
+
+    @jax.checkpoint  # the backward pass builds the windows again, which costs little
+    def convolve_one(picture):
+        H, W, _ = picture.shape
+        padded = jnp.pad(picture, ((1, 1), (1, 1), (0, 0)))
+        windows = [padded[i : i + H, j : j + W] for i in range(3) for j in range(3)]
+        return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+    return lax.map(convolve_one, x, batch_size=4)  # windows take 9 times the memory of x
 
 
 def dense(x, weights):

@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Peer(nn.Module):
-    """The U-Net as one writes it in flax.linen, with nn.remat around its blocks."""
+    """The U-Net as one writes it in flax.linen, with nn.remat where vdm.py has jax.checkpoint."""
 
     config: vdm.Config
 
@@ -97,7 +97,7 @@ class Peer(nn.Module):
             x = block(D, name=f"down.block_{i}")(x, cond)
             skips.append(x)
         x = block(D, name="mid.block_1")(x, cond)
-        x = Attention(name="mid.attn_1")(x)
+        x = nn.remat(Attention)(name="mid.attn_1")(x)
         x = block(D, name="mid.block_2")(x, cond)
         for i in range(config.depth + 1):
             x = jnp.concatenate([x, skips.pop()], axis=-1)
@@ -193,9 +193,11 @@ def beside_flax(pairs) -> list[str]:
         }
         product = vdm.convolve
         vdm.convolve = by_xla  # as on other devices than a CPU; the peer has it in any case
+        jax.clear_caches()  # of jax.checkpoint, which would not see the other function
         megabytes = temporary_bytes(make_step(make_loss(score)).lower(*state, *batch)) / 1e6
         figures[name]["step MB, both by XLA's convolution"] = megabytes
         vdm.convolve = product
+        jax.clear_caches()
         forwards[name] = functools.partial(forward, weights, *inputs)
         copy = jax.tree.map(jnp.copy, state)
 

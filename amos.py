@@ -462,7 +462,7 @@ def find_rule(rules, stacked, path, shape):
 class Leaf(NamedTuple):
     """What is fixed about a parameter before the first step."""
 
-    name: str  # its path, such as "blocks/mlp1/kernel"
+    name: str  # its path, such as "blocks/mlp/dense1/kernel"
     eta: float
     slot: tuple  # shape of v and b
     shared: tuple  # axes whose entries share one number
@@ -600,11 +600,11 @@ HELD_OUT = 1000  # digits
 BATCH = 64
 STEPS = 600
 SEEDS = 5
-LOOKS = 12  # looks at the held-out digits in a run
+LOOKS = 12  # at the held-out digits in a run
 RATES = {"AdamW": (0.001, 0.002, 0.004), "Amos": (0.02, 0.04, 0.08)}
 EXPECTED = -0.03  # nats, held-out loss of Amos less that of AdamW, with the default flags
 MOST = 0.0
-DIGITS = (
+DIGITS_RULES = (
     Rule("bias", ALL, eta=0.5),
     Rule("dense1/kernel", ALL_BUT_LAST, gain=8),  # most pixels are near zero
     Rule("dense2/kernel", ALL_BUT_LAST, gain=2),  # behind a ReLU
@@ -659,21 +659,21 @@ def load_digits(path):  # same in every file
     return images[order][..., None], labels[order].astype(np.int32)
 
 
-class Split(NamedTuple):
+class Data(NamedTuple):  # same in every file
     """Digits float32 [B,D] in 0 to 1, with labels int32 [B]."""
 
-    images: jax.Array
+    images: jax.Array  # to train on
     labels: jax.Array
     held_out_images: jax.Array
     held_out_labels: jax.Array
 
 
-def read_split(path) -> Split:
+def read_data(path) -> Data:
     """Digits to train on, and the last HELD_OUT of them, or a fifth if there are few."""
     images, labels = load_digits(path)
     images = images.reshape(len(images), -1).astype(np.float32) / 255
     count = len(images) - min(HELD_OUT, len(images) // 5)
-    data = Split(images[:count], labels[:count], images[count:], labels[count:])
+    data = Data(images[:count], labels[:count], images[count:], labels[count:])
     return jax.tree.map(jnp.asarray, data)
 
 
@@ -686,13 +686,13 @@ def optimizers(steps):
 
     def amos_with_slots(rate):
         schedule = learning_rate_schedule(rate, steps // 10, steps + 1)
-        return amos(schedule, eta_rules(DIGITS), slot_rules(DIGITS), beta=0.98)
+        return amos(schedule, eta_rules(DIGITS_RULES), slot_rules(DIGITS_RULES), beta=0.98)
 
     return {"AdamW": adamw, "Amos": amos_with_slots}
 
 
-def init_network(key):
-    """Weights of the network, with the scale sqrt(1 / n) for n inputs."""
+def init_mlp(key):
+    """Weights of an MLP with two hidden layers, of scale sqrt(1 / n) for n inputs."""
     sizes = (28 * 28, WIDTH, WIDTH, 10)
     params = {}
     for i, (n, m) in enumerate(zip(sizes, sizes[1:]), 1):
@@ -701,8 +701,8 @@ def init_network(key):
     return params
 
 
-def network_loss(params, images, labels):
-    """Mean softmax cross-entropy in nats of a network with two hidden layers."""
+def mlp_loss(params, images, labels):
+    """Softmax cross-entropy of the MLP in nats, the mean over the rows."""
     x = images
     for name in ("dense1", "dense2"):
         x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"])
@@ -710,7 +710,7 @@ def network_loss(params, images, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def train(name, data: Split, steps, seed):
+def train(name, data: Data, steps, seed):
     """Trains a network for each learning rate and each of SEEDS starts, all at once by vmap.
 
     Returns the steps after which they were examined; held-out losses [R,S,looks]; the root mean
@@ -722,19 +722,19 @@ def train(name, data: Split, steps, seed):
     keys = jnp.tile(jax.random.split(jax.random.key(seed), SEEDS), len(RATES[name]))
 
     def start(rate, key):
-        params = init_network(key)
+        params = init_mlp(key)
         return params, make(rate).init(params)
 
     def go_on(state, rate, key, first, last):
         def step(i, state):
             params, opt_state = state
             rows = jax.random.randint(jax.random.fold_in(key, i), (BATCH,), 0, len(data.images))
-            grads = jax.grad(network_loss)(params, data.images[rows], data.labels[rows])
+            grads = jax.grad(mlp_loss)(params, data.images[rows], data.labels[rows])
             updates, opt_state = make(rate).update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
         state = lax.fori_loop(first, last, step, state)
-        return state, network_loss(state[0], data.held_out_images, data.held_out_labels)
+        return state, mlp_loss(state[0], data.held_out_images, data.held_out_labels)
 
     state = jax.jit(jax.vmap(start))(rates, keys)
     go_on = jax.jit(jax.vmap(go_on, in_axes=(0, 0, 0, None, None)))
@@ -770,7 +770,7 @@ def draw(path, curves, scales):
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    leaves = resolve(jax.eval_shape(init_network, jax.random.key(0)), eta_rules(DIGITS))
+    leaves = resolve(jax.eval_shape(init_mlp, jax.random.key(0)), eta_rules(DIGITS_RULES))
     rows = range(len(leaves))
     right.plot([leaf.eta for leaf in leaves], rows, "k|", markersize=12, label="eta")
     for name, (steps, losses) in curves.items():
@@ -809,7 +809,7 @@ def main(argv=None) -> int:
         require(args.steps >= 1, f"--steps {args.steps} is not at least 1")
         require(0 <= args.seed < 2**32, f"--seed {args.seed} is not in 0 to {2**32 - 1}")
         check_out(args.out)
-        data = read_split(args.data)
+        data = read_data(args.data)
     except ValueError as error:
         print(f"amos.py: {error}", file=sys.stderr)
         return 2

@@ -227,7 +227,7 @@ def check_options(rho, alpha, adaptive, minimize):
     """Raises ValueError for what gsam cannot use. Functions and traced values are not checked."""
     for name, value in (("rho", rho), ("alpha", alpha)):
         if not callable(value) and not isinstance(value, jax.core.Tracer):
-            require(0 <= value < math.inf, f"{name}={value} is not a finite number of at least 0")
+            require(0 <= value < math.inf, f"{name}={value} is not at least 0 and finite")
     require(adaptive in ADAPTIVE, f"adaptive={adaptive!r} is not one of {ADAPTIVE}")
     require(minimize in MINIMIZE, f"minimize={minimize!r} is not one of {MINIMIZE}")
 
@@ -390,16 +390,17 @@ RECIPES = {
 
 # ==== Demo: digits, of which many carry a wrong label =============================================
 
-TRAINING = 1000  # digits to train on; the others are to test with
+TRAINING = 1000  # digits to train on; the others are held out
 WRONG = 0.4  # share of wrong labels
 WIDTH = 64  # hidden units
 SEEDS = 5
+LOOKS = 12  # at the held-out digits in a run
 BATCH = 100
 LEARNING_RATE = 0.05  # cosine to 0, momentum 0.9
 STEPS = 600
 RHO = 0.2
 ALPHA = 0.2
-EXPECTED = 11.3  # points of test accuracy that GSAM gains, with the default flags
+EXPECTED = 11.3  # points of held-out accuracy that GSAM gains, with the default flags
 FLOOR = 8.0
 
 
@@ -450,17 +451,17 @@ def load_digits(path):  # same in every file
     return images[order][..., None], labels[order].astype(np.int32)
 
 
-class Data(NamedTuple):
+class Data(NamedTuple):  # same in every file
     """Digits float32 [B,D] in 0 to 1, with labels int32 [B]."""
 
     images: jax.Array  # to train on
-    labels: jax.Array  # of which a share WRONG are wrong
-    test_images: jax.Array
-    test_labels: jax.Array
+    labels: jax.Array
+    held_out_images: jax.Array
+    held_out_labels: jax.Array
 
 
 def read_data(path) -> Data:
-    """Training and test digits; wrong labels are drawn evenly from the wrong classes."""
+    """TRAINING digits, a share WRONG of them with a label drawn from the wrong ones; and the rest."""
     images, labels = load_digits(path)
     images = images.reshape(len(images), -1).astype(np.float32) / 255
     count = min(TRAINING, len(images) * 4 // 5)
@@ -473,8 +474,8 @@ def read_data(path) -> Data:
 
 def mlp(params, images):
     """Logits of a network with one hidden layer. [B,D] -> [B,N]."""
-    hidden = jax.nn.relu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])  # [B,F]
-    return hidden @ params["out"]["kernel"] + params["out"]["bias"]
+    hidden = jax.nn.relu(images @ params["dense1"]["kernel"] + params["dense1"]["bias"])  # [B,F]
+    return hidden @ params["dense2"]["kernel"] + params["dense2"]["bias"]
 
 
 def init_mlp(key):
@@ -482,8 +483,8 @@ def init_mlp(key):
     first, second = jax.random.split(key)
     init = jax.nn.initializers.lecun_normal()
     return {
-        "hidden": {"kernel": init(first, (28 * 28, WIDTH)), "bias": jnp.zeros(WIDTH)},
-        "out": {"kernel": init(second, (WIDTH, 10)), "bias": jnp.zeros(10)},
+        "dense1": {"kernel": init(first, (28 * 28, WIDTH)), "bias": jnp.zeros(WIDTH)},
+        "dense2": {"kernel": init(second, (WIDTH, 10)), "bias": jnp.zeros(10)},
     }
 
 
@@ -500,11 +501,11 @@ def mlp_gradient(params, batch, key, step):
 
 
 def quality(params, data: Data):
-    """Test accuracy in per cent; loss in nats and gap for RHO on all training digits."""
-    guesses = mlp(params, data.test_images).argmax(-1)
+    """Held-out accuracy in per cent; loss in nats and gap for RHO on all training digits."""
+    guesses = mlp(params, data.held_out_images).argmax(-1)
     rows = {"images": data.images, "labels": data.labels}
     (loss, metrics), _ = gsam(mlp_gradient, RHO)(params, rows, None, 0)
-    accuracy = 100 * (guesses == data.test_labels).mean()
+    accuracy = 100 * (guesses == data.held_out_labels).mean()
     return {"accuracy": accuracy, "loss": loss, "gap": metrics["gap"]}
 
 
@@ -512,7 +513,7 @@ def train(name, gradient, data: Data, steps, seed):
     """Trains SEEDS networks at once, by vmap.
 
     Returns their weights, with a leading axis S; the steps after which they were examined; what
-    `quality` found there, arrays [examinations,S]; and the seconds that one step of all seeds took.
+    `quality` found there, arrays [looks,S]; and the seconds that one step of all seeds took.
     """
     optimizer = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, steps), momentum=0.9)
     init_key, step_key = jax.random.split(jax.random.key(seed))
@@ -536,7 +537,7 @@ def train(name, gradient, data: Data, steps, seed):
     keys = jax.random.split(step_key, SEEDS)
     go_on = jax.jit(jax.vmap(go_on, in_axes=(0, 0, None, None)))
     examine = jax.jit(jax.vmap(lambda params: quality(params, data)))
-    part = max(1, steps // 12)
+    part = max(1, steps // LOOKS)
     found = []
     after = []
     seconds = []  # for each step of a part
@@ -622,7 +623,9 @@ def main(argv=None) -> int:
         return 2
 
     wrong = f"{100 * WRONG:.0f} % of their labels wrong"
-    print(f"{len(data.labels)} digits, {wrong}, {len(data.test_labels)} to test, {SEEDS} seeds")
+    print(
+        f"{len(data.labels)} digits, {wrong}, {len(data.held_out_labels)} held out, {SEEDS} seeds"
+    )
     distances = jnp.linspace(-1.5, 1.5, 61)
     accuracies = {}
     curves = {}
@@ -642,7 +645,7 @@ def main(argv=None) -> int:
         accuracies[name] = found["accuracy"][-1]
         mean = f"{accuracies[name].mean():.1f} % +- {accuracies[name].std():.1f}"
         summary.append(
-            f"{name}: test accuracy {mean}, gap {found['gap'][-1].mean():.4f} nats, largest "
+            f"{name}: held-out accuracy {mean}, gap {found['gap'][-1].mean():.4f} nats, largest "
             f"eigenvalue {eigenvalues.mean():.1f}, {1e3 * seconds:.1f} ms a step"
         )
     print("\n".join(summary))
@@ -653,7 +656,7 @@ def main(argv=None) -> int:
         expected = f"expected {EXPECTED} points, at least {FLOOR} points"
     else:
         expected = "expected unknown, at least unknown"
-    print(f"result: test accuracy of GSAM above that of SGD: got {got:.1f} points, {expected}")
+    print(f"result: held-out accuracy of GSAM above that of SGD: got {got:.1f} points, {expected}")
     try:
         draw(args.out, curves, profiles, distances)
         print(f"wrote {args.out}")

@@ -1020,7 +1020,7 @@ def flash_kernel(q_ref, k_ref, v_ref, highest_ref, total_ref, out_ref, *, plan, 
 
 # ==== Demo: the paper's experiment (Tables 2 and 3) ===============================================
 
-HEAD_SIZE = 64  # one head, as in the paper, with inputs in bfloat16
+HEAD = 64  # one head, as in the paper, with inputs in bfloat16
 MOST_MEMORY = 3e9  # bytes; what needs more is compiled but not run
 EXPECTED = (98, 113)  # times less memory at n = 2^14, inference and gradient
 FLOOR = (59, 32)  # what the abstract states; the rounded figures of its tables give 58.8, 31.2
@@ -1034,11 +1034,25 @@ PAPER = {  # Tables 2 and 3: n -> MB on a TPUv3 (definition, the paper's algorit
 }
 
 
-class Cost(NamedTuple):
-    """What a function of q, k and v costs."""
+class Cost(NamedTuple):  # same in every file
+    """What a function costs."""
 
     memory: int  # bytes beside inputs and results
-    seconds: float  # the least of three runs; NaN if it was not run
+    seconds: float  # the least of five runs; NaN if it was not run
+
+
+def cost(function, *inputs) -> Cost:  # same in every file
+    """What function(*inputs) costs. It is compiled; if it needs too much memory, it is not run."""
+    compiled = jax.jit(function).lower(*inputs).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    if memory > MOST_MEMORY:
+        return Cost(memory, math.nan)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*inputs))
+        times.append(time.perf_counter() - start)
+    return Cost(memory, min(times))
 
 
 def gradient_of(function):
@@ -1048,21 +1062,6 @@ def gradient_of(function):
         return function(q, k, v).astype(jnp.float32).sum()
 
     return jax.grad(total, (0, 1, 2))
-
-
-def cost(function, n) -> Cost:
-    """What function(q, k, v) costs for [1,n,1,HEAD_SIZE] in bfloat16."""
-    qkv = jax.random.normal(jax.random.key(0), (3, 1, n, 1, HEAD_SIZE), jnp.bfloat16)
-    compiled = jax.jit(function).lower(*qkv).compile()
-    memory = compiled.memory_analysis().temp_size_in_bytes
-    if memory > MOST_MEMORY:
-        return Cost(memory, math.nan)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*qkv))
-        times.append(time.perf_counter() - start)
-    return Cost(memory, min(times))
 
 
 def measure(task, lengths):
@@ -1080,8 +1079,9 @@ def measure(task, lengths):
     print(f"{'definition':>14}{'here':>10}")
     costs = []
     for n in lengths:
-        plain = cost(definition, n)
-        here = cost(ours, n)
+        qkv = jax.random.normal(jax.random.key(0), (3, 1, n, 1, HEAD), jnp.bfloat16)
+        plain = cost(definition, *qkv)
+        here = cost(ours, *qkv)
         costs.append((plain, here))
         paper = math.nan
         if n in PAPER:
@@ -1114,6 +1114,11 @@ def draw(path, lengths, results):
         axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def show(pair):
+    """Two numbers as text."""
+    return f"{pair[0]:.0f} and {pair[1]:.0f}"
 
 
 def check_out(path):  # same in every file
@@ -1159,11 +1164,6 @@ def main(argv=None) -> int:
         print(f"no figure: {type(error).__name__}: {error}")
     enough = all(times >= floor for times, floor in zip(got, FLOOR))
     return int(args.longest == 14 and not enough)
-
-
-def show(pair):
-    """Two numbers as text."""
-    return f"{pair[0]:.0f} and {pair[1]:.0f}"
 
 
 def run_program(main):  # same in every file

@@ -656,8 +656,10 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
 
     The weights are copies of `params` if given, for example from load or adapt; else they are
     drawn. mesh has the axes "data" and "model", both Auto; optimizer is one of optax that needs
-    nothing but gradients and weights.
+    nothing but gradients and weights. Raises ValueError for params of another config.
     """
+    if params is not None:
+        check_names(named_leaves(params), named_leaves(param_table(config)), "params")
 
     def init(key, params):
         if params is None:
@@ -871,9 +873,9 @@ def from_official(flat, config: Config) -> dict:
             jnp.issubdtype(array.dtype, jnp.number),
             f"checkpoint: {name} is {array.dtype}, not numeric",
         )
-        leaves[path][index] = array.astype(np.float32)
-    for name, leaf in leaves.items():
-        require(np.isfinite(leaf).all(), f"checkpoint: {name} holds values that are not finite")
+        array = array.astype(np.float32)
+        require(np.isfinite(array).all(), f"checkpoint: {name} holds values that are not finite")
+        leaves[path][index] = array
     return params
 
 

@@ -1173,17 +1173,22 @@ def infer_config(flat, **fields) -> Config:
     return Config(**{**inferred, **fields})
 
 
-def official_names(config: Config) -> dict:
-    """Path of our weight -> official name."""
-    names = {}
+def official_places(config: Config) -> dict:
+    """Official name -> (path of our weight, index into it that selects the official array)."""
+    places = {}
     for path in named_leaves(param_table(config)):  # "blocks/3/mlp/dense1/kernel", "class"
         layer, *rest = path.split("/")
-        if layer == "blocks":
+        if layer == "class":
+            places[OFFICIAL_LAYERS[layer]] = path, (np.newaxis, np.newaxis)  # [D], official [1,1,D]
+        elif layer == "position":
+            places[OFFICIAL_LAYERS[layer]] = path, np.newaxis  # [T,D], official [1,T,D]
+        elif layer == "blocks":
             i, *middle, kind = rest
-            names[path] = f"Encoder/encoderblock_{i}/{OFFICIAL_BLOCK['/'.join(middle)]}/{kind}"
+            name = OFFICIAL_BLOCK["/".join(middle)]
+            places[f"Encoder/encoderblock_{i}/{name}/{kind}"] = path, ...  # the whole array
         else:
-            names[path] = "/".join([OFFICIAL_LAYERS[layer], *rest])
-    return names
+            places[f"{OFFICIAL_LAYERS[layer]}/{rest[0]}"] = path, ...
+    return places
 
 
 def check_names(found, expected, where):  # same in every file
@@ -1204,30 +1209,21 @@ def from_official(flat, config: Config) -> dict:
     wrong shape, not numeric or not finite.
     """
     flat = {name.removeprefix("params/"): array for name, array in flat.items()}
-    declared, treedef = jax.tree.flatten(param_table(config))
-    names = official_names(config)
-    expected = {}
-    for name, param in zip(names.values(), declared):
-        expected[name] = np.empty(official_shape(name, param.shape), np.float32)
+    params = jax.tree.map(lambda param: np.empty(param.shape, np.float32), param_table(config))
+    leaves = named_leaves(params)  # the same arrays: to fill them is to fill params
+    places = official_places(config)
+    expected = {name: leaves[path][index] for name, (path, index) in places.items()}
     check_names(flat, expected, "checkpoint")
-    arrays = []
-    for name, param in zip(names.values(), declared):
+    for name, (path, index) in places.items():
         array = np.asarray(flat[name])
         require(
             jnp.issubdtype(array.dtype, jnp.number),
             f"checkpoint: {name} is {array.dtype}, not numeric",
         )
-        array = array.astype(np.float32).reshape(param.shape)
+        array = array.astype(np.float32)
         require(np.isfinite(array).all(), f"checkpoint: {name} holds values that are not finite")
-        arrays.append(array)
-    return treedef.unflatten(arrays)
-
-
-def official_shape(name, shape):
-    """The official class token is [1,1,D] where ours is [D], positions [1,T,D] where ours [T,D]."""
-    if name in (OFFICIAL_LAYERS["class"], OFFICIAL_LAYERS["position"]):
-        return (1,) * (3 - len(shape)) + tuple(shape)
-    return tuple(shape)
+        leaves[path][index] = array
+    return params
 
 
 def to_official(params, config: Config) -> dict:
@@ -1238,9 +1234,8 @@ def to_official(params, config: Config) -> dict:
     leaves = named_leaves(params)
     check_names(leaves, named_leaves(param_table(config)), "params")
     flat = {}
-    for path, name in official_names(config).items():
-        array = np.asarray(leaves[path])
-        flat[name] = array.reshape(official_shape(name, array.shape))
+    for name, (path, index) in official_places(config).items():
+        flat[name] = np.asarray(leaves[path])[index]
     return flat
 
 

@@ -608,30 +608,29 @@ def measure_errors(seed):
     return errors
 
 
-class Speed(NamedTuple):
-    """What a function of q, k and v costs."""
+class Cost(NamedTuple):  # same in every file
+    """What a function costs."""
 
-    seconds: float  # the least of five runs; infinite if it was not run
     memory: int  # bytes beside inputs and results
+    seconds: float  # the least of five runs; NaN if it was not run
 
 
-def speed_of(function, n) -> Speed:
-    """The cost for q, k and v [1,n,1,HEAD] in float32."""
-    qkv = jax.random.normal(jax.random.key(0), (3, 1, n, 1, HEAD))
-    compiled = jax.jit(function).lower(*qkv).compile()
+def cost(function, *inputs) -> Cost:  # same in every file
+    """What function(*inputs) costs. It is compiled; if it needs too much memory, it is not run."""
+    compiled = jax.jit(function).lower(*inputs).compile()
     memory = compiled.memory_analysis().temp_size_in_bytes
     if memory > MOST_MEMORY:
-        return Speed(math.inf, memory)
+        return Cost(memory, math.nan)
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(*qkv))
+        jax.block_until_ready(compiled(*inputs))
         times.append(time.perf_counter() - start)
-    return Speed(min(times), memory)
+    return Cost(memory, min(times))
 
 
-def measure_speed(lengths):
-    """Prints time and memory against the length; returns {name: [Speed for each length]}."""
+def measure_costs(lengths):
+    """Prints time and memory against the length; returns {name: [Cost for each length]}."""
     projection = orthogonal_projection(jax.random.key(0), 256, HEAD)
     favor = functools.partial(favor_attention, projection=projection)
     functions = {
@@ -642,21 +641,22 @@ def measure_speed(lengths):
     }
     print(f"milliseconds and MB, one head of {HEAD}, 256 positive features")
     print(f"{'n':>8}", *[f"{name:>23}" for name in functions])
-    speeds = {name: [] for name in functions}
+    costs = {name: [] for name in functions}
     for n in lengths:
+        qkv = jax.random.normal(jax.random.key(0), (3, 1, n, 1, HEAD))
         for name, function in functions.items():
-            speeds[name].append(speed_of(function, n))
-        latest = [history[-1] for history in speeds.values()]
-        cells = [f"{s.seconds * 1e3:9,.1f} ms {s.memory / 1e6:7,.1f} MB" for s in latest]
+            costs[name].append(cost(function, *qkv))
+        latest = [history[-1] for history in costs.values()]
+        cells = [f"{c.seconds * 1e3:9,.1f} ms {c.memory / 1e6:7,.1f} MB" for c in latest]
         print(f"{n:8,}", *cells, flush=True)
     for form in ("", ", causal"):
-        pairs = zip(lengths, speeds[f"softmax{form}"], speeds[f"FAVOR+{form}"])
+        pairs = zip(lengths, costs[f"softmax{form}"], costs[f"FAVOR+{form}"])
         faster = [f"{n:,}" for n, softmax, favor in pairs if favor.seconds < softmax.seconds]
         print(f"FAVOR+{form} is faster at n = {' '.join(faster) or 'none'}")
-    return speeds
+    return costs
 
 
-def draw(path, errors, lengths, speeds):
+def draw(path, errors, lengths, costs):
     """Left: error against the number of features. Right: seconds against the length."""
     import matplotlib.pyplot as plt
 
@@ -670,10 +670,10 @@ def draw(path, errors, lengths, speeds):
     left.set(xlabel="features", ylabel="relative error of attention", xscale="log", yscale="log")
     left.set_xticks(FEATURES, [str(m) for m in FEATURES])
     left.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    for name, row in speeds.items():
+    for name, row in costs.items():
         color = "C0" if name.startswith("softmax") else "C1"
         style = ":" if name.endswith("causal") else "-"
-        seconds = [speed.seconds for speed in row]
+        seconds = [cost.seconds for cost in row]
         right.plot(lengths, seconds, color + style, marker="o", label=name)
     right.set(xlabel=f"n (one head of {HEAD})", ylabel="seconds", yscale="log")
     right.set_xscale("log", base=2)
@@ -709,10 +709,10 @@ def main(argv=None) -> int:
 
     errors = measure_errors(args.seed)
     lengths = [2**i for i in range(8, args.longest + 1)]
-    speeds = measure_speed(lengths)
+    costs = measure_costs(lengths)
     error = errors[2, "positive", "orthogonal"][FEATURES.index(256)]
     at_4096 = lengths.index(4096)
-    ratio = speeds["softmax"][at_4096].seconds / speeds["FAVOR+"][at_4096].seconds
+    ratio = costs["softmax"][at_4096].seconds / costs["FAVOR+"][at_4096].seconds
     defaults = (args.longest, args.seed) == (14, 0)
     if defaults:
         expected = (
@@ -726,7 +726,7 @@ def main(argv=None) -> int:
         f"{ratio:.1f}, {expected}"
     )
     try:
-        draw(args.out, errors, lengths, speeds)
+        draw(args.out, errors, lengths, costs)
         print(f"wrote {args.out}")
     except Exception as problem:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {type(problem).__name__}: {problem}")

@@ -337,13 +337,13 @@ def self_attention(x, weights, config: Config, model_axis=None):
 def mlp(x, weights, config: Config, key=None, model_axis=None):
     """Two dense layers with a GELU between them. [B,T,D] -> [B,T,D].
 
-    weights: one block's; with model_axis, only this device's hidden units. key: for dropout after
-    the GELU; block itself drops after the MLP.
+    weights: a block's "mlp"; with model_axis, only this device's hidden units. key: for dropout
+    after the GELU; block itself drops after the MLP.
     """
-    y = linear(x, weights["mlp1"], config.dtype)  # [B,T,F]
+    y = linear(x, weights["dense1"], config.dtype)  # [B,T,F]
     y = jax.nn.gelu(y, approximate=config.gelu == "tanh")
     y = dropout(key, y, config.dropout)
-    return linear(y, weights["mlp2"], config.dtype, model_axis=model_axis)
+    return linear(y, weights["dense2"], config.dtype, model_axis=model_axis)
 
 
 def dropout_keys(key, model_axis):
@@ -370,7 +370,7 @@ def block(x, weights, config: Config, key=None, model_axis=None):
 
     # Eq. 3: z = MLP(LN(z')) + z'
     y = layer_norm(x, weights["norm2"])
-    y = mlp(y, weights, config, hidden_key, model_axis)
+    y = mlp(y, weights["mlp"], config, hidden_key, model_axis)
     x = x + dropout(mlp_key, y.astype(x.dtype), config.dropout)
     return x, (q, k)
 
@@ -562,14 +562,16 @@ def param_table(config: Config) -> dict:
                 Param((L, D), P(), zeros),
             ),
             "norm2": norm(L, D),
-            "mlp1": dense(
-                Param((L, D, F), P(None, "data", "model"), matrix),
-                Param((L, F), P(None, "model"), normal(1e-6)),
-            ),
-            "mlp2": dense(
-                Param((L, F, D), P(None, "model", "data"), matrix),
-                Param((L, D), P(), normal(1e-6)),
-            ),
+            "mlp": {
+                "dense1": dense(
+                    Param((L, D, F), P(None, "data", "model"), matrix),
+                    Param((L, F), P(None, "model"), normal(1e-6)),
+                ),
+                "dense2": dense(
+                    Param((L, F, D), P(None, "model", "data"), matrix),
+                    Param((L, D), P(), normal(1e-6)),
+                ),
+            },
         },
         "norm": norm(D),
     }
@@ -752,8 +754,10 @@ def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
 
     The weights are copies of `params` if given, for example from load or adapt; else they are
     drawn. mesh has the axes "data" and "model", both Auto; optimizer is one of optax that needs
-    nothing but gradients and weights.
+    nothing but gradients and weights. Raises ValueError for params of another config.
     """
+    if params is not None:
+        check_names(named_leaves(params), named_leaves(param_table(config)), "params")
 
     def init(key, params):
         if params is None:
@@ -847,8 +851,8 @@ OFFICIAL_BLOCK = {  # below Transformer/encoderblock_0, encoderblock_1, ...
     "value": "MultiHeadDotProductAttention_1/value",
     "out": "MultiHeadDotProductAttention_1/out",
     "norm2": "LayerNorm_2",
-    "mlp1": "MlpBlock_3/Dense_0",
-    "mlp2": "MlpBlock_3/Dense_1",
+    "mlp/dense1": "MlpBlock_3/Dense_0",
+    "mlp/dense2": "MlpBlock_3/Dense_1",
 }
 OFFICIAL_POSITION = "Transformer/posembed_input/pos_embedding"
 NEWER_BLOCK = {  # Newer official code numbers each type of layer separately -> released names.
@@ -916,7 +920,7 @@ def infer_config(flat, **fields) -> Config:
         "width": width,
         "depth": len({name.split("/")[1] for name in flat if name.startswith(block)}),
         "heads": shape(f"{block}0/{OFFICIAL_BLOCK['query']}/kernel", 3)[1],
-        "mlp": shape(f"{block}0/{OFFICIAL_BLOCK['mlp1']}/kernel", 2)[1],
+        "mlp": shape(f"{block}0/{OFFICIAL_BLOCK['mlp/dense1']}/kernel", 2)[1],
         "classes": 0,
         "pool": pool,
     }
@@ -930,17 +934,17 @@ def infer_config(flat, **fields) -> Config:
 def official_places(config: Config) -> dict:
     """Official name -> (path of our weight, index into it that selects the official array)."""
     places = {}
-    for path in named_leaves(param_table(config)):  # "blocks/mlp1/kernel", "head/bias", "class"
+    for path in named_leaves(param_table(config)):  # "blocks/mlp/dense1/kernel", "class"
         layer, *rest = path.split("/")
         if layer == "class":
             places["cls"] = path, (np.newaxis, np.newaxis)  # ours [D], official [1,1,D]
         elif layer == "position":
             places[OFFICIAL_POSITION] = path, np.newaxis  # ours [T,D], official [1,T,D]
         elif layer == "blocks":
-            name, kind = rest
+            *middle, kind = rest
+            name = OFFICIAL_BLOCK["/".join(middle)]
             for i in range(config.depth):
-                official = f"Transformer/encoderblock_{i}/{OFFICIAL_BLOCK[name]}/{kind}"
-                places[official] = path, i
+                places[f"Transformer/encoderblock_{i}/{name}/{kind}"] = path, i
         else:
             places[f"{OFFICIAL_LAYERS[layer]}/{rest[0]}"] = path, ...  # the whole array
     return places
@@ -975,9 +979,9 @@ def from_official(flat, config: Config) -> dict:
             jnp.issubdtype(array.dtype, jnp.number),
             f"checkpoint: {name} is {array.dtype}, not numeric",
         )
-        leaves[path][index] = array.astype(np.float32)
-    for name, leaf in leaves.items():
-        require(np.isfinite(leaf).all(), f"checkpoint: {name} holds values that are not finite")
+        array = array.astype(np.float32)
+        require(np.isfinite(array).all(), f"checkpoint: {name} holds values that are not finite")
+        leaves[path][index] = array
     return params
 
 

@@ -21,7 +21,7 @@ import vit
 
 
 def accuracy_rows(data, seed) -> list[str]:
-    """Mean and range of the test accuracy over the seeds, for each gradient and number of steps."""
+    """Mean and range of held-out accuracy over the seeds, for each gradient and number of steps."""
     plain = gsam.mlp_gradient
     runs = [
         ("SGD, half the steps", plain, gsam.STEPS // 2, 1),
@@ -81,7 +81,7 @@ def main():
         f"{len(data.labels)} digits with {share} wrong labels, {gsam.SEEDS} seeds, mean and range; "
         f"rho {gsam.RHO}, alpha {gsam.ALPHA}.",
         "",
-        "| | steps | gradients | test accuracy, % | gap, nats |",
+        "| | steps | gradients | held-out accuracy, % | gap, nats |",
         "| --- | --- | --- | --- | --- |",
         *accuracy_rows(data, args.seed),
         "",

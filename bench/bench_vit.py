@@ -69,7 +69,7 @@ they gave 3 % of a step and 7 % of the temporary bytes.
 | q, k, v as one product instead of three | 0.98 | 201.2 | yes |
 | derivative of LayerNorm by hand | 0.99 | 206.1 | taken out |
 | jax.checkpoint around GELU | 0.99 | 213.4 | taken out |
-| kernel of mlp2 stored transposed | 0.99 | 201.3 | taken out |
+| kernel of dense2 stored transposed | 0.99 | 201.3 | taken out |
 | softmax divided by its sum after the product with v | 0.99 | 12.5 more | taken out |
 
 These were not kept. Speed is relative to vit.py of that time; differences below 2 % mean nothing.

@@ -73,15 +73,14 @@ def upcycle(params, config: moe.Config, key) -> dict:
     for i in range(config.depth):
         dense = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), params["blocks"])
         block = {name: dense[name] for name in LAYERS_OF_A_BLOCK}
-        mlp = {"dense1": dense["mlp1"], "dense2": dense["mlp2"]}
         if i in config.moe_blocks:
             block["experts"] = jax.tree.map(
-                lambda leaf: np.broadcast_to(leaf, (config.experts, *leaf.shape)), mlp
+                lambda leaf: np.broadcast_to(leaf, (config.experts, *leaf.shape)), dense["mlp"]
             )
             router = shapes["blocks"][str(i)]["router"]["kernel"]
             block["router"] = {"kernel": np.asarray(router.init(keys[i], router.shape, np.float32))}
         else:
-            block["mlp"] = mlp
+            block["mlp"] = dense["mlp"]
         blocks[str(i)] = block
     sparse = {**params, "blocks": blocks}
     moe.check_names(moe.named_leaves(sparse), moe.named_leaves(shapes), "the V-MoE")

@@ -615,7 +615,7 @@ KNOWN = {  # eta by the official rules, by the author's for T5, or by the fan-in
         "blocks/query/kernel": 768**-0.5,
         "blocks/out/kernel": 768**-0.5,
         "blocks/norm1/scale": 1,
-        "blocks/mlp2/kernel": (2 / 3072) ** 0.5,
+        "blocks/mlp/dense2/kernel": (2 / 3072) ** 0.5,
         "embed/kernel": 768**-0.5,
         "position": (2 / 768) ** 0.5,
     },
@@ -903,8 +903,8 @@ def test_train_py_trains_vit_with_slots_cut_as_its_weights():
 
     Numbers in v: 2 blocks x (3 x 16 for query, key and value, 32 and 16 for the MLP, 16 for out, 10
     for biases and norms), 16 + 1 for the patches, 8 + 1 for the head, 2 for the last norm, 4 for
-    positions. On 2 x 4 devices those of query, key, value and mlp1 are cut in four; those of mlp2,
-    out and the patches, whose outputs are cut over "data", in two.
+    positions. On 2 x 4 devices those of query, key, value and dense1 are cut in four; those of
+    dense2, out and the patches, whose outputs are cut over "data", in two.
     """
     config = vit.Config(
         image_size=8, patch_size=4, channels=1, width=16, depth=2, heads=4, mlp=32, classes=8,
@@ -1134,7 +1134,7 @@ DRAW = amos.draw
 @pytest.fixture
 def found(monkeypatch):
     """A demo whose networks are not trained: a function that sets their last losses, [R,S]."""
-    params = amos.init_network(jax.random.key(0))
+    params = amos.init_mlp(jax.random.key(0))
     losses = {}
 
     def train(name, data, steps, seed):
@@ -1184,8 +1184,8 @@ def test_demo_stops_if_no_loss_is_finite(tiny, capsys, monkeypatch):
         return jnp.where(jnp.abs(weight - first) < 0.1 * jnp.abs(first), jnp.nan, 1.0)
 
     keys = jax.random.split(jax.random.key(0), 2)
-    first = amos.init_network(keys[0])["dense3"]["kernel"][0, 0]
-    monkeypatch.setattr(amos, "network_loss", loss)
+    first = amos.init_mlp(keys[0])["dense3"]["kernel"][0, 0]
+    monkeypatch.setattr(amos, "mlp_loss", loss)
     assert amos.main(["--data", tiny, "--steps", "2"]) == 1
     error = capsys.readouterr().err
     assert error == "amos.py: AdamW, step 1: no learning rate has a finite loss\n"

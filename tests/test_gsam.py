@@ -708,11 +708,11 @@ def test_microbatches_inside_and_around():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rho": -0.1}, "rho=-0.1 is not a finite number of at least 0"),
-        ({"rho": math.inf}, "rho=inf is not a finite number of at least 0"),
-        ({"rho": np.float32(-1)}, "rho=-1.0 is not a finite number of at least 0"),
-        ({"rho": 0.1, "alpha": math.nan}, "alpha=nan is not a finite number of at least 0"),
-        ({"rho": 0.1, "alpha": -0.4}, "alpha=-0.4 is not a finite number of at least 0"),
+        ({"rho": -0.1}, "rho=-0.1 is not at least 0 and finite"),
+        ({"rho": math.inf}, "rho=inf is not at least 0 and finite"),
+        ({"rho": np.float32(-1)}, "rho=-1.0 is not at least 0 and finite"),
+        ({"rho": 0.1, "alpha": math.nan}, "alpha=nan is not at least 0 and finite"),
+        ({"rho": 0.1, "alpha": -0.4}, "alpha=-0.4 is not at least 0 and finite"),
         (
             {"rho": 0.1, "adaptive": "sam"},
             "adaptive='sam' is not one of (None, 'big_vision', 'asam'",
@@ -766,12 +766,12 @@ def digits(tmp_path_factory):
 def test_wrong_labels_are_as_many_as_stated():
     data = gsam.read_data(ROOT / "data/mnist5k.npz")
     images, labels = gsam.load_digits(ROOT / "data/mnist5k.npz")
-    assert data.images.shape == (1000, 784) and data.test_images.shape == (4000, 784)
+    assert data.images.shape == (1000, 784) and data.held_out_images.shape == (4000, 784)
     assert float(data.images.min()) == 0 and float(data.images.max()) == 1
     wrong = np.random.default_rng(1).random(1000) < gsam.WRONG
     np.testing.assert_array_equal(data.labels != labels[:1000], wrong)  # none stays right by chance
     assert 0.37 < wrong.mean() < 0.43
-    np.testing.assert_array_equal(data.test_labels, labels[1000:])
+    np.testing.assert_array_equal(data.held_out_labels, labels[1000:])
 
 
 @pytest.mark.usefixtures("quick")
@@ -779,13 +779,15 @@ def test_demo_trains_and_draws(digits, tmp_path, capsys):
     out = tmp_path / "d.png"
     assert gsam.main(["--data", digits, "--out", str(out), "--steps", "13"]) == 0
     text = capsys.readouterr().out.splitlines()
-    assert text[0] == "32 digits, 40 % of their labels wrong, 8 to test, 5 seeds"
+    assert text[0] == "32 digits, 40 % of their labels wrong, 8 held out, 5 seeds"
     for name in ("SGD", "SAM", "GSAM"):
         progress = rf"{name}: step 13/13  loss \d\.\d{{3}} nats  gap \d\.\d{{4}}  0 s left"
         assert any(re.fullmatch(progress, line) for line in text)
-        summary = rf"{name}: test accuracy \d+\.\d % \+- \d+\.\d, gap .* eigenvalue .* ms a step"
+        summary = (
+            rf"{name}: held-out accuracy \d+\.\d % \+- \d+\.\d, gap .* eigenvalue .* ms a step"
+        )
         assert any(re.fullmatch(summary, line) for line in text)
-    got = r"result: test accuracy of GSAM above that of SGD: got -?\d+\.\d points, expected unkno.*"
+    got = r"result: held-out accuracy of GSAM above that of SGD: got -?\d+\.\d points, expected.*"
     assert re.fullmatch(got, text[-2])
     assert text[-1] == f"wrote {out}" and out.read_bytes()[:4] == b"\x89PNG"
 
@@ -804,8 +806,8 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
     [
         ("--steps 0", "--steps 0 is not at least 1"),
         ("--seed -1", "--seed -1 is not in 0 to 4294967295"),
-        ("--rho -1", "rho=-1.0 is not a finite number of at least 0"),
-        ("--alpha nan", "alpha=nan is not a finite number of at least 0"),
+        ("--rho -1", "rho=-1.0 is not at least 0 and finite"),
+        ("--alpha nan", "alpha=nan is not at least 0 and finite"),
         ("--out f.npz", "--out f.npz is not a .png, .pdf or .svg"),
         ("--data missing.npz", "missing.npz does not exist"),
     ],

@@ -30,7 +30,7 @@ OWN = {
     *("forward", "loss_fn", "param_specs", "init_state", "global_loss", "make_train_step", "adapt"),
     *("infer_config", "official_places", "from_official", "to_official", "load", "save"),
     *("released_names", "embed", "self_attention", "mlp", "train", "draw", "main"),
-    "standard_config",
+    *("standard_config", "read_data", "init_mlp", "mlp_loss"),
 }
 # What makes a demo as short as two steps of training; most need TWO_STEPS and nothing else.
 TWO_STEPS = "--steps 2 --data tiny.npz"

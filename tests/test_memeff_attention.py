@@ -931,10 +931,10 @@ def test_demo_tabulates_the_costs(task, monkeypatch, capsys):
     """Costs that are known: by definition 8 MB and 4 s, here 2 MB and 1 s."""
     functions = []
 
-    def known_cost(function, n):
+    def known_cost(function, q, k, v):
         functions.append(function)
         if len(functions) % 2 == 1:
-            return memeff.Cost(8_000_000, 4.0 if n > 256 else 0.5)
+            return memeff.Cost(8_000_000, 4.0 if q.shape[1] > 256 else 0.5)
         return memeff.Cost(2_000_000, 1.0)
 
     monkeypatch.setattr(memeff, "cost", known_cost)
@@ -949,7 +949,8 @@ def test_demo_tabulates_the_costs(task, monkeypatch, capsys):
 
 def test_demo_does_not_run_what_needs_too_much_memory(monkeypatch):
     monkeypatch.setattr(memeff, "MOST_MEMORY", 0)
-    cost = memeff.cost(memeff.attention, 256)
+    q = jnp.zeros((1, 256, 1, 64))
+    cost = memeff.cost(memeff.attention, q, q, q)
     assert cost.memory > 0 and math.isnan(cost.seconds)
 
 

@@ -475,6 +475,8 @@ def test_params_of_another_config_are_refused():
     with pytest.raises(ValueError, match=re.escape(message)):
         mixer.adapt(deeper, TINY, TINY)
     with pytest.raises(ValueError, match=re.escape(message)):
+        mixer.init_state(jax.random.key(0), TINY, optax.sgd(0.1), mesh_of(1, 1), deeper)
+    with pytest.raises(ValueError, match=re.escape(message)):
         mixer.to_official(deeper, TINY)
     with pytest.raises(ValueError, match="params: head/bias is unknown"):
         mixer.to_official(random_params(TINY), change(TINY, classes=0))

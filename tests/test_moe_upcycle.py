@@ -61,10 +61,7 @@ def test_with_fewer_the_branch_is_scaled_by_the_sum_of_the_gates():
     weights = moe_upcycle.upcycle(params, config, jax.random.key(0))["blocks"]["0"]
     x = np.random.default_rng(1).normal(size=(2, 5, 16)).astype(np.float32)
     got, _ = moe.mixture(x, weights, config, None, np.ones(2, bool))
-    dense = {
-        "dense1": jax.tree.map(lambda leaf: leaf[0], params["blocks"]["mlp1"]),
-        "dense2": jax.tree.map(lambda leaf: leaf[0], params["blocks"]["mlp2"]),
-    }
+    dense = jax.tree.map(lambda leaf: leaf[0], params["blocks"]["mlp"])
     gates = np.sort(np.asarray(jax.nn.softmax(x @ weights["router"]["kernel"])))[..., -2:]
     close(got, moe.mlp(x, dense, config) * gates.sum(-1, keepdims=True), 1e-5)
 
@@ -105,7 +102,7 @@ def test_writes_a_checkpoint_that_train_py_reads(tmp_path, capsys):
     assert config == moe_upcycle.sparse_config(DENSE, {"experts": 4, "group": 2, "k": 1})
     np.testing.assert_array_equal(
         params["blocks"]["1"]["experts"]["dense1"]["kernel"][3],
-        vit.load(tmp_path / "dense.npz", DENSE)["blocks"]["mlp1"]["kernel"][1],
+        vit.load(tmp_path / "dense.npz", DENSE)["blocks"]["mlp"]["dense1"]["kernel"][1],
     )
 
 

@@ -733,7 +733,7 @@ def small_demo(monkeypatch):
 
 @pytest.mark.usefixtures("small_demo")
 def test_demo_measures_and_draws(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(performer, "measure_speed", lambda lengths: SPEEDS)
+    monkeypatch.setattr(performer, "measure_costs", lambda lengths: COSTS)
     out = tmp_path / "figure.png"
     monkeypatch.setattr(performer, "MOST_ERROR", 0.001)
     assert performer.main(["--out", str(out)]) == 1
@@ -743,11 +743,11 @@ def test_demo_measures_and_draws(tmp_path, capsys, monkeypatch):
     assert re.search(r"result: error with 256 .*: got \d\.\d{3} and 3\.0, expected", text)
 
 
-SPEEDS = {
-    "softmax": [performer.Speed(3.0, 10)] * 7,
-    "FAVOR+": [performer.Speed(1.0, 10)] * 7,
-    "softmax, causal": [performer.Speed(math.inf, 10)] * 7,
-    "FAVOR+, causal": [performer.Speed(1.0, 10)] * 7,
+COSTS = {
+    "softmax": [performer.Cost(10, 3.0)] * 7,
+    "FAVOR+": [performer.Cost(10, 1.0)] * 7,
+    "softmax, causal": [performer.Cost(10, math.nan)] * 7,
+    "FAVOR+, causal": [performer.Cost(10, 1.0)] * 7,
 }
 
 
@@ -757,19 +757,21 @@ SPEEDS = {
 )
 def test_demo_fails_on_a_bad_result(error, seconds, status, monkeypatch, tmp_path):
     errors = {(2, "positive", "orthogonal"): [error] * 4}
-    speeds = SPEEDS | {"FAVOR+": [performer.Speed(seconds, 10)] * 7}
+    costs = COSTS | {"FAVOR+": [performer.Cost(10, seconds)] * 7}
     monkeypatch.setattr(performer, "measure_errors", lambda seed: errors)
-    monkeypatch.setattr(performer, "measure_speed", lambda lengths: speeds)
+    monkeypatch.setattr(performer, "measure_costs", lambda lengths: costs)
     monkeypatch.setattr(performer, "draw", lambda *args: None)
     assert performer.main(["--out", str(tmp_path / "x.png")]) == status
 
 
-def test_demo_measures_speed_and_keeps_to_its_memory(monkeypatch, capsys):
-    speeds = performer.measure_speed([256])
-    assert all(row[0].seconds > 0 and row[0].memory > 0 for row in speeds.values())
+def test_demo_measures_costs_and_keeps_to_its_memory(monkeypatch, capsys):
+    costs = performer.measure_costs([256])
+    assert all(row[0].seconds > 0 and row[0].memory > 0 for row in costs.values())
     assert "FAVOR+, causal is faster at n = " in capsys.readouterr().out
     monkeypatch.setattr(performer, "MOST_MEMORY", 0)
-    assert math.isinf(performer.speed_of(performer.softmax_attention, 256).seconds)
+    q = jnp.zeros((1, 256, 1, 64))
+    cost = performer.cost(performer.softmax_attention, q, q, q)
+    assert cost.memory > 0 and math.isnan(cost.seconds)
 
 
 @pytest.mark.parametrize(
@@ -792,7 +794,7 @@ def test_demo_prints_its_result_without_matplotlib(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(
         performer, "measure_errors", lambda seed: {(2, "positive", "orthogonal"): [0.1] * 4}
     )
-    monkeypatch.setattr(performer, "measure_speed", lambda lengths: SPEEDS)
+    monkeypatch.setattr(performer, "measure_costs", lambda lengths: COSTS)
     assert performer.main(["--out", str(tmp_path / "x.png")]) == 0
     text = capsys.readouterr().out
     assert "result: " in text and "no figure: " in text

@@ -689,7 +689,7 @@ def test_c7_the_gradient_of_the_squares_is_that_of_the_variance():
 
 @pytest.mark.long
 def test_c7_on_digits_the_learned_schedule_halves_the_variance():
-    """The demo's model, with all optimizations of XLA: 4.4 times is what the demo prints."""
+    """The demo's model, with all optimizations of XLA: 4.2 times is what the demo prints."""
     jax.config.update("jax_disable_most_optimizations", False)
     images = vdm.read_digits(ROOT / "data/digits8x8.npz")
     test = images[: vdm.HELD_OUT]

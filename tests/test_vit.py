@@ -240,8 +240,8 @@ def test_dropout_falls_in_four_places_and_nowhere_else(monkeypatch):
     weights = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
     x = 2 * vit.embed(params, images, config)
     x = x + 2 * vit.self_attention(vit.layer_norm(x, weights["norm1"]), weights, config)[0]
-    y = vit.linear(vit.layer_norm(x, weights["norm2"]), weights["mlp1"], "float32")
-    y = vit.linear(2 * jax.nn.gelu(y), weights["mlp2"], "float32")
+    y = vit.linear(vit.layer_norm(x, weights["norm2"]), weights["mlp"]["dense1"], "float32")
+    y = vit.linear(2 * jax.nn.gelu(y), weights["mlp"]["dense2"], "float32")
     close(got, vit.layer_norm(x + 2 * y, params["norm"]), 1e-5)
 
 
@@ -257,7 +257,7 @@ def test_dropout_differs_between_rows():
 def test_dropout_differs_between_blocks():
     config = change(TINY, dropout=0.5)
     params = jax.tree.map(jnp.zeros_like, random_params(config))
-    params["blocks"]["mlp2"]["bias"] += 1  # each block adds 2 or 0 to every value
+    params["blocks"]["mlp"]["dense2"]["bias"] += 1  # each block adds 2 or 0 to every value
     params["norm"]["scale"] += 1
     images = np.zeros((1, 8, 12, 3), np.float32)
     tokens = np.asarray(vit.encode(params, images, config, key=jax.random.key(1)))[0]
@@ -621,7 +621,7 @@ def test_mesh_gives_the_loss_and_gradients_of_one_device(data, model, fsdp):
     for name, array in vit.named_leaves(placed).items():
         cuts = math.prod(mesh.shape[axis] for axis in tuple(specs[name]) if axis)
         assert array.addressable_shards[0].data.nbytes * cuts == array.nbytes, name
-    kernel = placed["blocks"]["mlp1"]["kernel"]
+    kernel = placed["blocks"]["mlp"]["dense1"]["kernel"]
     cuts = model * (data if fsdp else 1)
     assert kernel.nbytes == kernel.addressable_shards[0].data.nbytes * cuts
 
@@ -648,7 +648,7 @@ def test_collectives_are_those_that_the_docstring_states(fsdp):
     assert shallow["psum"] == 2 * 2 + 2  # and the sum and the count of the loss
     assert shallow["reduce_scatter"] == 0
     if fsdp:
-        assert deeper["all_gather"] - shallow["all_gather"] == 3 * 6  # q, k, v, out, mlp1, mlp2
+        assert deeper["all_gather"] - shallow["all_gather"] == 3 * 6  # q, k, v, out, dense1, dense2
         assert shallow["all_gather"] == 2 * 6 + 3  # and embed, pre_logits, head
     else:
         assert shallow["all_gather"] == 0
@@ -704,8 +704,8 @@ def test_train_step_compiles_once_and_equals_optax_on_one_device():
     assert step._cache_size() == 1
     assert old.params["position"].is_deleted()  # given away
     close_gradients(vit.named_leaves(state.params), vit.named_leaves(params), 1e-5)
-    momentum = state.opt_state[1][0].trace["blocks"]["mlp1"]["kernel"]
-    assert momentum.sharding == state.params["blocks"]["mlp1"]["kernel"].sharding
+    momentum = state.opt_state[1][0].trace["blocks"]["mlp"]["dense1"]["kernel"]
+    assert momentum.sharding == state.params["blocks"]["mlp"]["dense1"]["kernel"].sharding
 
 
 @pytest.mark.usefixtures("quick")
@@ -739,7 +739,9 @@ def test_a_state_can_start_from_given_weights():
     state, _ = step(state, random_batch(TINY), jax.random.key(0))
     assert_same(params, random_params(TINY))  # the step gave away copies
     sharded = vit.init_state(jax.random.key(0), TINY, optimizer, mesh_of(1, 2), random_params(TINY))
-    assert sharded.params["blocks"]["mlp1"]["kernel"].sharding.spec == P(None, None, "model")
+    assert sharded.params["blocks"]["mlp"]["dense1"]["kernel"].sharding.spec == P(
+        None, None, "model"
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -750,13 +752,13 @@ def test_initial_values_do_not_depend_on_the_mesh():
     many = vit.init_state(key, config, optax.sgd(0.1), mesh_of(2, 4)).params
     assert_same(one, many)
     bound = math.sqrt(6 / (16 + 32))  # Glorot, of an MLP kernel [D,F]
-    kernel = np.asarray(one["blocks"]["mlp1"]["kernel"])
+    kernel = np.asarray(one["blocks"]["mlp"]["dense1"]["kernel"])
     assert 0.95 * bound < np.abs(kernel).max() <= bound
     bound = math.sqrt(6 / (16 + 16))  # and of the query kernel [D,H,K], drawn as [D,H*K]
     kernel = np.asarray(one["blocks"]["query"]["kernel"])
     assert 0.95 * bound < np.abs(kernel).max() <= bound
     assert 0.014 < np.std(one["position"]) < 0.026
-    assert 0.7e-6 < np.std(one["blocks"]["mlp1"]["bias"]) < 1.3e-6
+    assert 0.7e-6 < np.std(one["blocks"]["mlp"]["dense1"]["bias"]) < 1.3e-6
 
 
 def test_dropout_on_a_mesh_differs_between_rows_and_between_hidden_units(monkeypatch):
@@ -791,7 +793,7 @@ def test_slots_smaller_than_their_weights_are_placed_too():
     state = vit.init_state(jax.random.key(0), TINY, optimizer, mesh_of(2, 4))
     rows, whole = (slots.sum_of_squares["blocks"] for slots in state.opt_state)
     assert rows["query"]["kernel"].sharding.spec == P(None, None, "model")  # [L,D,H,1]
-    assert rows["mlp1"]["kernel"].sharding.spec == P()  # [L,D,1]
+    assert rows["mlp"]["dense1"]["kernel"].sharding.spec == P()  # [L,D,1]
     assert whole["query"]["kernel"].sharding.spec == P()  # []
 
 
@@ -838,7 +840,7 @@ POSITION = "Transformer/posembed_input/pos_embedding"
         ),
         (KERNEL, np.transpose, f"{KERNEL} has shape (32, 16), not (16, 32)"),
         (KERNEL, lambda array: array.astype(str), f"{KERNEL} is <U32, not numeric"),
-        ("cls", lambda array: array * np.nan, "class holds values that are not finite"),
+        ("cls", lambda array: array * np.nan, "cls holds values that are not finite"),
         (POSITION, lambda array: array[:, 1:], f"{POSITION} has shape (1, 6, 16), not (1, 7, 16)"),
     ],
 )
@@ -1105,6 +1107,8 @@ def test_params_of_another_config_are_refused():
         vit.to_official(deeper, TINY)
     with pytest.raises(ValueError, match=re.escape(message)):
         vit.adapt(deeper, TINY, TINY)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        vit.init_state(jax.random.key(0), TINY, optax.sgd(0.1), mesh_of(1, 1), deeper)
 
 
 def test_position_tables_of_another_size_are_refused():

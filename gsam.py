@@ -461,7 +461,7 @@ class Data(NamedTuple):  # same in every file
 
 
 def read_data(path) -> Data:
-    """TRAINING digits, a share WRONG of them with a label drawn from the wrong ones; and the rest."""
+    """TRAINING digits, a share WRONG of them with a label of another class, and the rest."""
     images, labels = load_digits(path)
     images = images.reshape(len(images), -1).astype(np.float32) / 255
     count = min(TRAINING, len(images) * 4 // 5)

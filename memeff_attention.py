@@ -62,7 +62,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AxisType
 
 
@@ -932,6 +931,9 @@ def flash(plan: Plan, x: Arrays) -> Softmax:
 
     Each program has TILE queries of one head and runs along all its keys, as running_softmax does.
     """
+    # Imported here: JAX 0.12 announces that it will drop Triton, which all the rest does without.
+    from jax.experimental.pallas import triton as plgpu
+
     B, G, R, T, _ = x.q.shape
     S, V = x.v.shape[-2:]
     q = pad_tiles(x.q.reshape(B, G * R, T, -1))

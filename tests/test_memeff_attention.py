@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import re
+import runpy
 import sys
 
 import jax
@@ -784,6 +785,16 @@ def test_kernel_lowers_for(platform, call, length, size, causal):
     k = jax.ShapeDtypeStruct((2, length, 2, size), "bfloat16")
     run = functools.partial(memeff.attention, implementation="pallas", causal=causal)
     assert lowered_for(platform, memeff.gradient_of(run), q, k, k).count(call) == 1
+
+
+def test_only_the_kernel_needs_triton(monkeypatch):
+    monkeypatch.delattr(jax.experimental.pallas, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)  # as if it were absent
+    alone = runpy.run_path(str(ROOT / "memeff_attention.py"))
+    x = jnp.ones((1, 4, 1, 2))
+    close(alone["attention"](x, x, x), np.ones(x.shape), 1e-6)
+    with pytest.raises(ImportError):
+        alone["attention"](x, x, x, implementation="pallas")
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

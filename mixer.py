@@ -1195,7 +1195,7 @@ def main(argv=None) -> int:
         print(f"wrote {args.out}")
     except Exception as error:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {type(error).__name__}: {error}")
-    return int(defaults and got < FLOOR)
+    return int(defaults and not got >= FLOOR)
 
 
 def run_program(main):  # same in every file

@@ -638,7 +638,10 @@ class Param:  # same in every file
 
 
 def param_table(config: Config) -> dict:
-    """The Param of each weight, as a nested dict. Blocks are stacked on a leading axis L."""
+    """The Param of each weight, as a nested dict. Blocks are stacked on a leading axis L.
+
+    Layers have their names in the official code, so that only the blocks need renaming.
+    """
     D = config.width
     C = config.channels
     L = config.depth

@@ -115,7 +115,7 @@ def test_golden_intermediate_values():
         close(got, arrays[f"out/{name}"], 1e-5)
 
 
-def test_golden_of_stacked_blocks():
+def test_golden_stacked_blocks():
     """big_vision's layout with scan=True; its class token has no position."""
     meta, arrays = golden("bv_vit_tok_scan")
     flat = {name: array for name, array in arrays.items() if name.startswith("params/")}

@@ -801,6 +801,32 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("gain", "status"), [(8.1, 0), (7.9, 1), (math.nan, 1)])
+def test_demo_prints_its_result_where_it_cannot_draw(gain, status, capsys, monkeypatch, tmp_path):
+    """With stand-ins for all that takes long. Below the floor it fails."""
+    params = jax.vmap(gsam.init_mlp)(jax.random.split(jax.random.key(0), gsam.SEEDS))
+    accuracy = {"SGD": 60.0, "SAM": 61.0, "GSAM": 60.0 + gain}
+
+    def train(name, gradient, data, steps, seed):
+        found = {"accuracy": np.full((1, gsam.SEEDS), accuracy[name])}
+        return params, [steps], found | {"gap": np.ones((1, gsam.SEEDS))}, 0.001
+
+    def sharpness(loss, params, images, labels):
+        return jnp.ones(()), params
+
+    monkeypatch.setattr(gsam, "train", train)
+    monkeypatch.setattr(gsam, "sharpness", sharpness)
+    monkeypatch.setattr(gsam, "loss_along", lambda params, direction, distances, data: distances)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # import fails
+    monkeypatch.chdir(tmp_path)
+    assert gsam.main([]) == status
+    lines = capsys.readouterr().out.splitlines()
+    expected = f"got {gain:.1f} points, expected 11.3 points, at least 8.0 points"
+    assert lines[-2] == f"result: held-out accuracy of GSAM above that of SGD: {expected}"
+    assert lines[-1].startswith("no figure: ")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -61,7 +61,7 @@ def run_golden(function, arrays, dtype="float32", **options):
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_golden_of_the_official_code(name, form):
+def test_golden_official_code(name, form):
     meta, arrays = golden(name)
     config = meta["config"]
     chunks = {"q_chunk": config["query_chunk_size"], "kv_chunk": config["key_chunk_size"]}
@@ -112,7 +112,7 @@ def test_golden_in_float64(name):
     close_gradients(grads, wanted, 1e-12)
 
 
-# ==== Equations: attention and its gradient by hand, in float64 ===================================
+# ==== Equations, worked by hand ===================================================================
 
 
 def sum_to(x, shape):
@@ -679,7 +679,7 @@ def test_no_implicit_promotion_of_ranks_or_dtypes(function, few, monkeypatch):
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
 
 
-# ==== Meshes ======================================================================================
+# ==== Sharding ====================================================================================
 
 
 @pytest.mark.usefixtures("quick")
@@ -982,7 +982,7 @@ def test_demo_refuses_in_one_line(flags, message, capsys):
 
 
 @pytest.mark.usefixtures("quick")
-def test_demo_prints_its_result_without_matplotlib(monkeypatch, tmp_path, capsys):
+def test_demo_prints_its_result_where_it_cannot_draw(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert memeff.main(["--longest", "8", "--out", str(tmp_path / "x.png")]) == 0
     text = capsys.readouterr().out

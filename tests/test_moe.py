@@ -87,7 +87,7 @@ def fields_of(official):
 
 
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.startswith(("router", "aux"))])
-def test_c1_golden_of_the_router(name):
+def test_c1_golden_router(name):
     """Gates, choices and slots to the integer, both losses and the gradients of each."""
     meta, arrays = golden(name)
     config = change(TINY, **fields_of(meta["config"]))
@@ -133,7 +133,7 @@ def test_c1_golden_of_the_router(name):
 
 
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.startswith("dispatch")])
-def test_c1_golden_of_dispatch_with_equal_gates(name):
+def test_c1_golden_dispatch_with_equal_gates(name):
     meta, arrays = golden(name)
     official = meta["config"]
     E = official["E"]
@@ -154,7 +154,7 @@ def test_c1_golden_of_dispatch_with_equal_gates(name):
     close(combined, arrays["out/einsum/combined"], 1e-5)
 
 
-def test_c1_golden_of_the_capacity():
+def test_c1_golden_capacity():
     _, arrays = golden("capacity_table")
     seen = 0
     for row, want in zip(arrays["in/table"], arrays["out/capacity"]):
@@ -169,7 +169,7 @@ def test_c1_golden_of_the_capacity():
 
 
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.startswith("layer")])
-def test_c1_golden_of_the_layer(name):
+def test_c1_golden_layer(name):
     """Outputs and gradients of experts, router and tokens; "indices" is the official index form."""
     meta, arrays = golden(name)
     official = meta["config"]
@@ -211,7 +211,7 @@ def test_c1_golden_of_the_layer(name):
 
 
 @pytest.mark.parametrize("name", [n for n in GOLDENS if n.startswith("vit")])
-def test_c1_golden_of_the_model(name):
+def test_c1_golden_model(name):
     """Every block, logits, losses, and all gradients of the whole loss."""
     meta, arrays = golden(name)
     official = meta["config"]

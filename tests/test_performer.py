@@ -84,7 +84,7 @@ def official_attention(q, k, v, projection, config):
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDENS if name.startswith("attn")])
-def test_golden_of_attention_and_its_gradients(name):
+def test_golden_attention_and_its_gradients(name):
     meta, arrays = golden(name)
     inputs = [arrays[f"in/{x}"] for x in "qkv"]
     shape = inputs[0].shape
@@ -130,7 +130,7 @@ def features_by_tag(tag, x, projection):
 
 
 @pytest.mark.parametrize("name", ["features_positive", "features_sincos", "features_generalized"])
-def test_golden_of_the_features_and_their_gradients(name):
+def test_golden_features_and_their_gradients(name):
     _, arrays = golden(name)
     x = jnp.asarray(arrays["in/x"]).swapaxes(1, 2)
     tags = [key.removeprefix("out/") for key in arrays if key.startswith("out/")]
@@ -150,7 +150,7 @@ def test_golden_of_the_features_and_their_gradients(name):
         close(grad, arrays[f"grad/{tag}"], 2e-5)
 
 
-def test_golden_of_the_projections():
+def test_golden_projections():
     """The official draw, to the bit; the independent one too."""
     _, arrays = golden("orthogonal_matrices")
     seen = 0
@@ -169,7 +169,7 @@ def test_golden_of_the_projections():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_golden_of_the_official_defaults(causal):
+def test_golden_official_defaults(causal):
     """Features, attention and projection together, as make_fast_softmax_attention sets them."""
     name = "causal" if causal else "noncausal"
     _, arrays = golden(f"e2e_default_factory_{name}")
@@ -200,7 +200,7 @@ def test_the_official_code_leaks_the_future_and_ours_does_not():
     assert np.abs(before - after)[:, -1].max() > 0.01
 
 
-# ==== Equations ===================================================================================
+# ==== Equations, worked by hand ===================================================================
 
 SMALL = performer.orthogonal_projection(jax.random.key(0), 32, 8)
 KINDS = ["positive", "hyperbolic", "trigonometric", "relu"]
@@ -789,7 +789,7 @@ def test_demo_refuses_in_one_line(flags, message, capsys):
     assert not out
 
 
-def test_demo_prints_its_result_without_matplotlib(monkeypatch, tmp_path, capsys):
+def test_demo_prints_its_result_where_it_cannot_draw(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     monkeypatch.setattr(
         performer, "measure_errors", lambda seed: {(2, "positive", "orthogonal"): [0.1] * 4}

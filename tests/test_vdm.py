@@ -76,7 +76,7 @@ def config_of(meta, images):
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDENS if name.startswith("gamma")])
-def test_c1_golden_of_the_schedules(name):
+def test_c1_golden_schedules(name):
     """gamma, its derivative, and the gradients of both."""
     meta, arrays = golden(name)
     schedule = SCHEDULES[meta["config"]["gamma_type"]]
@@ -105,7 +105,7 @@ def test_c1_golden_of_the_schedules(name):
         close(vdm.named_leaves(grads)[path], want, 2e-5)
 
 
-def test_c1_golden_of_the_blocks():
+def test_c1_golden_blocks():
     """Residual blocks, attention, sinusoids; two heads are not in the paper."""
     _, arrays = golden("blocks")
     x = jnp.asarray(arrays["in/x"])
@@ -156,7 +156,7 @@ def compare_gradient(arrays, pattern, got, largest, tolerance):
     assert np.linalg.norm(got) == pytest.approx(want, abs=tolerance * largest * got.size**0.5)
 
 
-def test_c1_golden_of_encoder_and_decoder():
+def test_c1_golden_encoder_and_decoder():
     _, arrays = golden("encdec")
     close(vdm.encode(jnp.arange(256), 256), arrays["out/encode_all"], 1e-6)
     images = jnp.asarray(arrays["in/x"])
@@ -191,7 +191,7 @@ def test_c1_golden_of_encoder_and_decoder():
         pytest.param("loss_discrete_scalar_T10", marks=pytest.mark.long),  # of both there is one
     ],
 )
-def test_c1_golden_of_the_losses(name):
+def test_c1_golden_losses(name):
     """Terms and gradients of the whole bound, with the captured draws."""
     meta, arrays = golden(name)
     images = arrays["in/images"]
@@ -238,7 +238,7 @@ def test_c1_golden_of_the_losses(name):
         compare_gradient(arrays, f"grad{{}}/{path}", leaf, scale, tolerance)
 
 
-def test_c1_golden_of_sampling():
+def test_c1_golden_sampling():
     meta, arrays = golden("sampling")
     config = config_of(meta, arrays["in/z_t"])
     params = vdm.from_official(part(arrays, "params/"), config)
@@ -262,7 +262,7 @@ def test_c1_golden_of_sampling():
     np.testing.assert_array_equal(given, arrays["out/generate_x_from_z0_given"])
 
 
-def test_c1_golden_of_the_times():
+def test_c1_golden_times():
     _, arrays = golden("antithetic_time")
     u = float(arrays["in/t0"])
     for count in (4, 5, 8, 49):
@@ -270,7 +270,7 @@ def test_c1_golden_of_the_times():
         close(t, arrays[f"out/t_n{count}"][:count], 1e-6)  # the official code has 50 for 49
 
 
-def test_c1_golden_of_optimizer_and_average():
+def test_c1_golden_optimizer_and_average():
     meta, arrays = golden("optimizer_adamw_ema")
     official = meta["config"]
     recipe = vdm.RECIPES["CIFAR-10"]._replace(

@@ -470,7 +470,7 @@ def test_remat_keeps_two_arrays_of_a_block_and_computes_all_but_two_products_aga
     assert kept[True] == rows * 2 * T * D < kept[False] / 4  # inputs of both halves
 
 
-# ==== Numbers: bfloat16, strict promotion, x64 ====================================================
+# ==== Numbers and the compiled program ============================================================
 
 
 @pytest.mark.usefixtures("quick")

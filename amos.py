@@ -36,7 +36,7 @@ Checked   google-research/jestimator @ 326824a, amos.py and amos_helper.py: 14 r
 Run       python amos.py
           15 s on two CPU cores: an MLP on 4,000 digits, AdamW and Amos each at the best of three
           learning rates. Held-out loss 0.276 and 0.249 nats (5 seeds), 946,264 and 2,156 bytes of
-          slots; above 0 nats that Amos's loss is higher than AdamW's, it fails
+          slots; if Amos's loss is higher than AdamW's, it fails
 Axes      B rows of a batch  D pixels  N classes  R learning rates  S seeds. Parameters have any
           shape; v and b have the same one, or 1 along axes that share a number, or ().
 """
@@ -58,6 +58,13 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+
+def require(ok, message):  # same in every file
+    """Raises ValueError(message) unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
 # ==== The update: Algorithm 1 =====================================================================
 
 
@@ -70,7 +77,7 @@ def update_leaf(
     far; 1 + b is the product of 1 + gamma over the steps. Entries along the axes `shared` have one
     v and one b together: these arrays have size 1 there, or the shape () if all entries share. t:
     number of the step, from 1. xi: the learning rate. eta: the scale that the entries of w should
-    have. mesh_axes: inside shard_map, the mesh axes over which shared axes are cut.
+    have. mesh_axes: inside shard_map, the mesh axes over which shared axes are sharded.
     """
     # The paper's M_2(g)^2, the mean of the squares over the entries that share a number.
     count = math.prod(g.shape[i] for i in shared)
@@ -86,7 +93,7 @@ def update_leaf(
 
     # A random step of xi * eta adds (xi * eta)^2 to the mean square of w, and a decay of gamma / 2
     # takes gamma times it away. With gamma = xi^2 the two cancel where the mean square is eta^2.
-    # Here gamma is xi^2 times the square of the gradient over its usual square, and c.
+    # Here gamma is c xi^2 times the square of the gradient divided by its usual square.
     c = 1 / jnp.sqrt(1 + c_coef * jnp.sqrt(xi) * b)
     gamma = c * jnp.square(xi) * inverse * g2
 
@@ -124,12 +131,15 @@ def amos(
     shapes=None,
     specs=None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer: clipped gradients, scale_by_amos with its arguments, momentum.
+    """The optimizer: clipped gradients, scale_by_amos, momentum.
 
-    clip_value: bounds each entry of the gradient. momentum: weight of the past in a running mean of
-    the updates, which needs a slot of the parameter's size. None, or 0 and below as in the official
-    code: without. Learning rate and weight decay are in the updates already: do not chain
-    optax.scale or add_decayed_weights.
+    clip_value  bounds each entry of the gradient
+    momentum    weight of the past in a running mean of the updates, which needs a slot of the
+                parameter's size
+    the others  those of scale_by_amos
+
+    None, or 0 and below as in the official code, leaves out clipping or momentum. Learning rate and
+    weight decay are in the updates already: do not chain optax.scale or add_decayed_weights.
 
     The state is a ScaleByAmosState, in a tuple of optax.chain if there is clipping or momentum;
     optax.tree.get(state, "v") finds v in both.
@@ -177,25 +187,27 @@ def scale_by_amos(
 ) -> optax.GradientTransformationExtraArgs:
     """Algorithm 1 as a transformation of optax, without clipping and momentum.
 
-    learning_rate: xi, or a function of the step 1, 2 ... The authors advise 1 / sqrt(N) for data
-        that make N batches.
-    eta_fn: scale of the entries of a parameter, a function (path, shape) -> float such as
-        eta_rules(), or one number for all. path: a tuple of strings.
-    shape_fn: shape of v and b, a function (path, shape) -> tuple such as slot_rules(). None: that
-        of the parameter, which takes as much memory as Adam.
-    beta: of the mean of squares. The authors advise a 1 - beta of the order of xi.
-    extra_l2: decay that is added to gamma / 2. It is not multiplied by the learning rate.
-    d_coef, c_coef: how fast the steps, and the decay, get smaller.
-    epsilon: least value of v.
-    shapes, specs: needed inside shard_map only, where a device sees a part of a parameter: trees of
-        the whole parameters, as arrays or jax.ShapeDtypeStruct, and of their PartitionSpecs. See
-        state_specs. That they are missing is noticed only with check_vma=True, the default.
+    learning_rate   xi, or a function of the step 1, 2 ...; the authors advise 1 / sqrt(N) for data
+                    that make N batches
+    eta_fn          scale of the entries of a parameter, a function (path, shape) -> float such as
+                    eta_rules(), or one number for all; path is a tuple of strings
+    shape_fn        shape of v and b, a function (path, shape) -> tuple such as slot_rules(); None
+                    is that of the parameter, which takes as much memory as Adam
+    beta            of the mean of squares; the authors advise a 1 - beta of the order of xi
+    extra_l2        decay that is added to gamma / 2; it is not multiplied by the learning rate
+    d_coef, c_coef  how fast the steps, and the decay, get smaller
+    epsilon         least value of v
+    shapes, specs   needed inside shard_map only, where a device sees a part of a parameter: trees
+                    of the whole parameters, as arrays or jax.ShapeDtypeStruct, and of their
+                    PartitionSpecs; see state_specs
 
-    A row of an embedding that does not occur has the gradient zero, and does not move (without
-    momentum and extra_l2). When a row that has occurred once occurs again after 3,000 steps it
-    moves by 30 times xi * eta (beta = 0.999): v has nearly forgotten it, and its correction for the
-    start, which counts all steps, no longer helps. A gradient that is not finite makes v and b not
-    finite for good: wrap the optimizer in optax.apply_if_finite.
+    That shapes and specs are missing is noticed only with check_vma=True, the default of shard_map.
+
+    A row of an embedding that does not occur has gradient zero and does not move (without momentum
+    and extra_l2). A row that occurred once and returns after 3,000 steps moves by 30 times xi * eta
+    (beta = 0.999), since v has nearly forgotten it while the bias correction counts all steps. A
+    gradient that is not finite makes v and b not finite for good: wrap the optimizer in
+    optax.apply_if_finite.
 
     Raises ValueError for a number that is out of range; from init, for a parameter that is not
     real, an eta that is not above 0 and a slot that does not fit; from update, without params, for
@@ -209,7 +221,7 @@ def scale_by_amos(
         "epsilon": epsilon,
     }
     check_numbers({"learning_rate": learning_rate, **numbers})
-    require((shapes is None) == (specs is None), "shapes= and specs= need each other")
+    require((shapes is None) == (specs is None), "shapes= and specs= must be given together")
 
     def resolved(params):
         """The Leaf of each parameter."""
@@ -219,7 +231,7 @@ def scale_by_amos(
             return []  # optax.tree_map_params calls init with a placeholder that has no leaves
         require(
             jax.tree.structure(shapes) == jax.tree.structure(params),
-            "shapes= is another tree than the parameters",
+            "shapes= has another structure than the parameters",
         )
         return resolve(shapes, eta_fn, shape_fn, specs)
 
@@ -244,12 +256,16 @@ def scale_by_amos(
                 "amos inside shard_map needs shapes= and specs= of the whole parameters",
             )
         else:
-            check_parts(leaves, *(treedef.flatten_up_to(tree) for tree in (shapes, specs)))
+            check_parts(leaves, treedef.flatten_up_to(shapes), treedef.flatten_up_to(specs))
         count = optax.safe_increment(state.count)
         xi = learning_rate(count) if callable(learning_rate) else learning_rate
         xi = jnp.maximum(xi, 0)
-        grads, v, b = (treedef.flatten_up_to(tree) for tree in (updates, state.v, state.b))
-        rows = []
+        grads = treedef.flatten_up_to(updates)
+        v = treedef.flatten_up_to(state.v)
+        b = treedef.flatten_up_to(state.b)
+        new_updates = []
+        new_v = []
+        new_b = []
         for leaf, g, w, v_old, b_old in zip(resolved(params), grads, leaves, v, b):
             require(
                 g.shape == w.shape,
@@ -260,7 +276,7 @@ def scale_by_amos(
                 f"{leaf.name}: the state has a slot of shape {v_old.shape}, the rules give "
                 f"{leaf.slot}: was it made with other rules?",
             )
-            new = update_leaf(
+            update, v_new, b_new = update_leaf(
                 at_least_float32(g),
                 at_least_float32(w),
                 v_old,
@@ -272,10 +288,11 @@ def scale_by_amos(
                 mesh_axes=leaf.mesh_axes,
                 **numbers,
             )
-            dtypes = (jnp.result_type(g, w), v_old.dtype, b_old.dtype)
-            rows.append([x.astype(dtype) for x, dtype in zip(new, dtypes)])
-        updates, v, b = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
-        return updates, ScaleByAmosState(count, v, b)
+            new_updates.append(update.astype(jnp.result_type(g, w)))
+            new_v.append(v_new.astype(v_old.dtype))
+            new_b.append(b_new.astype(b_old.dtype))
+        state = ScaleByAmosState(count, treedef.unflatten(new_v), treedef.unflatten(new_b))
+        return treedef.unflatten(new_updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -303,11 +320,14 @@ def learning_rate_schedule(learning_rate, warmup=0, end=None, timescale=None):
     """
     require(
         isinstance(learning_rate, jax.core.Tracer) or 0 <= learning_rate < math.inf,
-        f"learning_rate={learning_rate} is not at least 0",
+        f"learning_rate={learning_rate} is not at least 0 and finite",
     )
     require(warmup >= 0, f"warmup={warmup} is not at least 0")
     require(end is None or warmup < end < math.inf, f"end={end} is not after warmup={warmup}")
-    require(timescale is None or 0 < timescale < math.inf, f"timescale={timescale} is not above 0")
+    require(
+        timescale is None or 0 < timescale < math.inf,
+        f"timescale={timescale} is not above 0 and finite",
+    )
 
     def rate(t):
         xi = learning_rate
@@ -323,12 +343,6 @@ def learning_rate_schedule(learning_rate, warmup=0, end=None, timescale=None):
 
 
 # ==== Checks and dtypes ===========================================================================
-
-
-def require(ok, message):  # same in every file
-    """Raises ValueError(message) unless ok."""
-    if not ok:
-        raise ValueError(message)
 
 
 def wide(x):  # same in every file
@@ -392,10 +406,11 @@ class Rule(NamedTuple):
     gain: float = 1.0
 
 
-# Outputs of a layer have scale 1 if its inputs have and the entries of its kernel have the scale
-# sqrt(1 / n), n the number of inputs; sqrt(2 / n) if half of the inputs are near zero, after a GELU
-# or ReLU. Scale, bias, embedding (of width n) and the MLP's second kernel are as in the official
-# code for BERT. The others follow the same reasons for the names of vit.py, mixer.py and moe.py.
+# If the inputs of a layer have scale 1, so have its outputs when the entries of its kernel have the
+# scale sqrt(1 / n), n the number of inputs; sqrt(2 / n) if half of the inputs are near zero, as
+# after a GELU or ReLU. Scale, bias, embedding (of width n) and the MLP's second kernel are as in
+# the official code for BERT. The others follow the same reasons for the names of vit.py, mixer.py
+# and moe.py.
 TRANSFORMER = (
     Rule("scale", ALL, eta=1.0),  # of LayerNorm
     Rule("bias", ALL, eta=0.5),
@@ -466,7 +481,7 @@ class Leaf(NamedTuple):
     eta: float
     slot: tuple  # shape of v and b
     shared: tuple  # axes whose entries share one number
-    mesh_axes: tuple  # inside shard_map: mesh axes over which shared axes are cut
+    mesh_axes: tuple  # inside shard_map: mesh axes over which shared axes are sharded
 
 
 def resolve(params, eta_fn, shape_fn=None, specs=None) -> list:
@@ -541,7 +556,7 @@ def zero_slot(w, leaf: Leaf):
     return zeros.sum(leaf.shared, keepdims=leaf.slot != ())
 
 
-# ==== Sharding: slots are cut as their parameters are =============================================
+# ==== Sharding: slots like their parameters =======================================================
 
 
 def trimmed_spec(axes):  # same in every file
@@ -569,10 +584,10 @@ def state_specs(optimizer, params, specs):
     """The PartitionSpecs of an optimizer's state, a tree like optimizer.init(params).
 
     params: the whole parameters, or their shapes; specs: a tree of their PartitionSpecs. Under jit
-    slots follow their parameters without it, but for jax.jit(optimizer.init), whose out_shardings
-    must be made of these. In shard_map each device updates its part, with one all-reduce for each
-    parameter that is cut along an axis which shares a number; the gradients must be averaged over
-    the devices already:
+    slots are sharded like their parameters by themselves; only jax.jit(optimizer.init) needs these
+    as out_shardings. In shard_map each device updates its part, with one all-reduce for each
+    parameter that is sharded along an axis which shares a number. The gradients must be averaged
+    over the devices already:
 
         optimizer = amos(..., shapes=params, specs=specs)
         opt_specs = state_specs(optimizer, params, specs)
@@ -669,7 +684,7 @@ class Data(NamedTuple):  # same in every file
 
 
 def read_data(path) -> Data:
-    """Digits to train on, and the last HELD_OUT of them, or a fifth if there are few."""
+    """Digits to train on; the last HELD_OUT, or a fifth if there are few, are held out."""
     images, labels = load_digits(path)
     images = images.reshape(len(images), -1).astype(np.float32) / 255
     count = len(images) - min(HELD_OUT, len(images) // 5)

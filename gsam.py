@@ -1,7 +1,8 @@
 """SAM and GSAM: sharpness-aware training, as functions from gradient to gradient.
 
-    gradient = gsam(gradient, rho=0.05, alpha=0.4)  # with alpha=0: SAM
-    (loss, metrics), grads = gradient(params, batch, key, step)
+    # gradient: a function (params, batch, key, step) -> ((loss, metrics), grads)
+    sharpness_aware = gsam(gradient, rho=0.05, alpha=0.4)  # with alpha=0: SAM
+    (loss, metrics), grads = sharpness_aware(params, batch, key, step)
     updates, opt_state = optimizer.update(grads, opt_state, params)  # any optimizer of optax
 
     # The same for people who have a loss and no gradient function:
@@ -9,7 +10,7 @@
     (loss, metrics), grads = jax.jit(value_and_grad)(params, *batch)  # metrics["gap"]
 
     # On a mesh, each device perturbing by its own rows, as the papers trained:
-    gradient = per_shard(loss_fn, mesh, specs, rho=0.05, alpha=0.4)
+    sharpness_aware = per_shard(loss_fn, mesh, specs, rho=0.05, alpha=0.4)
 
 Paper     Zhuang et al. 2022, "Surrogate Gap Minimization Improves Sharpness-Aware Training",
           arXiv:2203.08065 v2. SAM: Foret et al. 2020, "Sharpness-Aware Minimization for
@@ -30,7 +31,7 @@ Claims    C1 the numbers of big_vision, google-research/sam and the authors' PyT
           C2 with alpha=0 it is SAM; with rho=0 it is the gradient itself
           C3 to first order a step of GSAM lowers the gap more than a step of SAM, and changes the
              perturbed loss by as much
-          C4 beside a minimum, in the direction of its largest curvature, the gap is rho^2 / 2
+          C4 near a minimum, in the direction of its largest curvature, the gap is rho^2 / 2
              times the largest eigenvalue of the Hessian
           C5 GSAM costs what SAM costs: two gradients
           C6 devices that perturb jointly and devices that perturb separately are two algorithms
@@ -42,8 +43,8 @@ Checked   google-research/big_vision @ 0127fb6, google-research/sam @ dae9904,
           twelve steps, differ by at most 2.4e-7. The claims are tests in tests/test_gsam.py.
 Run       python gsam.py
           29 s on two CPU cores: trained on digits of which 40 % carry wrong labels, SGD gets 63.0 %
-          of the test digits right, SAM 70.9 % and GSAM 74.2 % (5 seeds, standard deviation at most
-          0.7); below 8 points that GSAM gains on SGD it fails
+          of the held-out digits right, SAM 70.9 % and GSAM 74.2 % (5 seeds, standard deviation at
+          most 0.7); if GSAM gains less than 8 points on SGD, it fails
 Axes      B rows of a batch  D pixels  F hidden units  N classes  S seeds. Weights have any shape.
 """
 
@@ -62,6 +63,13 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
+
+
+def require(ok, message):  # same in every file
+    """Raises ValueError(message) unless ok."""
+    if not ok:
+        raise ValueError(message)
+
 
 # ==== GSAM: Algorithm 1 ===========================================================================
 
@@ -167,13 +175,7 @@ def norm(tree):
     return jnp.sqrt(inner(tree, tree))
 
 
-# ==== Public functions ============================================================================
-
-
-def require(ok, message):  # same in every file
-    """Raises ValueError(message) unless ok."""
-    if not ok:
-        raise ValueError(message)
+# ==== The gradient functions ======================================================================
 
 
 def gsam(gradient, rho, alpha=0.0, *, adaptive=None, minimize="perturbed", mask=None):
@@ -184,20 +186,22 @@ def gsam(gradient, rho, alpha=0.0, *, adaptive=None, minimize="perturbed", mask=
     the same units. Its loss is that of the unperturbed weights; its metrics are those of
     `gradient`, and "perturbed_loss" and "gap".
 
-    rho: length of the perturbation, a number or a function of the step (rho_from_learning_rate).
-    For the Python number 0 gsam returns `gradient` itself, without the two metrics.
-    alpha: weight of the orthogonal part, whose removal lowers the gap.
-    adaptive: "asam" perturbs by rho * w^2 g / | |w| g |, "big_vision" by rho * |w| g / |g|, where
-    the paper has rho * g / |g|. The length is then no longer rho.
-    minimize: "perturbed", the paper's form, or "clean", big_vision's other one, where alpha=0 is
-    the plain gradient and not SAM.
-    mask: a tree like params of True and False; False leaves a weight unperturbed.
+    rho       length of the perturbation, a number or a function of the step, such as
+              rho_from_learning_rate; for the Python number 0 gsam returns `gradient` itself,
+              without the two metrics
+    alpha     weight of the orthogonal part, whose removal lowers the gap
+    adaptive  "asam" perturbs by rho * w^2 g / norm(|w| g), "big_vision" by rho * |w| g / norm(g),
+              where the paper has rho * g / norm(g); the length is then no longer rho
+    minimize  "perturbed", the paper's form; or "clean", big_vision's other one, where alpha=0 is
+              the plain gradient and not SAM
+    mask      a tree like params of True and False; False leaves a weight unperturbed
+
     bfloat16 weights round a small perturbation away: keep a float32 copy where rho is small.
 
-    On a mesh: around a gradient of the global loss all devices perturb jointly, by the rows of all;
-    for the other way see per_shard. Microbatches, with the function accumulate(gradient, n) of
-    examples/train.py: gsam(accumulate(g, n)) perturbs once, by all rows; accumulate(gsam(g), n)
-    perturbs for each microbatch by its own rows, which is what n devices do in per_shard.
+    On a mesh, a gradient of the global loss makes all devices perturb jointly, by all rows;
+    per_shard is the other way. With microbatches (`accumulate` of examples/train.py)
+    gsam(accumulate(g, n)) perturbs once, by all rows, and accumulate(gsam(g), n) once for each
+    microbatch, by its own rows, as n devices do in per_shard.
 
     Raises ValueError for a rho or alpha that is negative or not finite, for an unknown mode and for
     a mask of another structure.
@@ -262,18 +266,17 @@ def per_shard(loss_fn, mesh, specs, rho, alpha=0.0, **options):
 
     loss_fn: (params, batch, key) -> (loss, metrics), means over one device's rows, without
     collectives. Returns a gradient (params, batch, key, step) -> ((loss, metrics), grads) of a
-    whole batch whose rows are cut over the mesh axis "data". Each device computes the GSAM gradient
-    of its rows, and the finished gradients, losses and metrics are averaged, each device with the
-    same weight. The result depends on the number of devices, as that of the official codes does.
-    options: those of gsam.
+    whole batch whose rows are sharded over the mesh axis "data". Each device computes the GSAM
+    gradient of its rows, and the finished gradients, losses and metrics are averaged, each device
+    with the same weight. The result depends on the number of devices, as that of the official codes
+    does. options: those of gsam.
 
     specs: the PartitionSpec of each weight. Every device needs all weights, since each perturbs
-    its own copy: ValueError if one is cut over several devices.
+    its own copy: ValueError if one is sharded over several devices.
 
-    The official pmap code, moved into shard_map as it stands, silently becomes something else: JAX
-    sums the gradients of weights that the devices share, so that all perturb alike and the result
-    is n times that of gsam. A test has an example: where the right values are (0.332, -0.179,
-    -0.104, -0.049), such a port gives (1.323, -0.712, -0.424, -0.187) on four devices.
+    Do not move the official pmap code into shard_map as it stands: JAX then sums the gradients of
+    the weights that the devices share, so that all devices perturb alike, and the result is n times
+    that of gsam. A test shows it.
     """
     for axis, devices in mesh.shape.items():
         require(
@@ -297,7 +300,7 @@ def per_shard(loss_fn, mesh, specs, rho, alpha=0.0, **options):
     sharpness_aware = gsam(own_gradient, rho, alpha, **options)
 
     def of_one_device(params, batch, key, step):
-        # Copies of its own for each device: else JAX would sum the gradients over the devices.
+        # A copy for each device: otherwise JAX would sum the gradients over the devices.
         params = lax.pcast(params, "data", to="varying")
         if key is not None:
             key = jax.random.fold_in(key, lax.axis_index("data"))  # each draws for its own rows
@@ -321,7 +324,8 @@ def rho_from_learning_rate(learning_rate, rho_max, rho_min, lr_max, lr_min=0.0, 
     ValueError unless 0 <= rho_min <= rho_max and lr_min <= lr_max.
     """
     require(
-        0 <= rho_min <= rho_max < math.inf, f"rho_min={rho_min}, rho_max={rho_max} are not in order"
+        0 <= rho_min <= rho_max < math.inf,
+        f"rho_min={rho_min} and rho_max={rho_max} are not finite with 0 <= rho_min <= rho_max",
     )
     require(lr_min <= lr_max, f"lr_min={lr_min} is above lr_max={lr_max}")
 
@@ -575,7 +579,7 @@ def loss_along(params, direction, distances, data: Data):
 def draw(path, curves, profiles, distances):
     """Left: the gap during training. Right: loss along the eigenvector of the largest curvature.
 
-    curves: name -> (steps, gaps [measurements,S]); profiles: name -> losses at the distances.
+    curves: name -> (steps, gaps [looks,S]); profiles: name -> losses at the distances.
     """
     import matplotlib.pyplot as plt
 
@@ -637,7 +641,9 @@ def main(argv=None) -> int:
         except FloatingPointError as error:
             print(f"gsam.py: {name}, {error}", file=sys.stderr)
             return 1
-        find = jax.jit(jax.vmap(lambda params: sharpness(mlp_loss, params, *data[:2])))
+        find = jax.jit(
+            jax.vmap(lambda params: sharpness(mlp_loss, params, data.images, data.labels))
+        )
         eigenvalues, directions = find(params)
         first = jax.tree.map(lambda x: x[0], (params, directions))
         profiles[name] = np.asarray(loss_along(*first, distances, data))

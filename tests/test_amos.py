@@ -957,8 +957,8 @@ def test_train_py_trains_vit_with_slots_cut_as_its_weights():
         ({"epsilon": 0.0}, "epsilon=0.0 is not at least 1.17549e-38 and below 1"),
         ({"learning_rate": np.array(-0.1)}, "learning_rate=-0.1 is not"),
         ({"momentum": 1.0}, "momentum=1.0 is not below 1"),
-        ({"shapes": {"x": jnp.ones(3)}}, "shapes= and specs= need each other"),
-        ({"shapes": {"x": jnp.ones(3)}, "specs": {"x": P()}}, "shapes= is another tree than"),
+        ({"shapes": {"x": jnp.ones(3)}}, "shapes= and specs= must be given together"),
+        ({"shapes": {"x": jnp.ones(3)}, "specs": {"x": P()}}, "shapes= has another structure than"),
     ],
 )
 def test_amos_refuses_at_init(options, message):

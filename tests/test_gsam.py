@@ -745,7 +745,9 @@ def test_what_does_not_fit_is_refused():
     gsam.per_shard(
         tanh_loss, alone, {"a": {"kernel": P(None, "model")}}, 0.1
     )  # not cut: one device
-    with pytest.raises(ValueError, match="rho_min=0.2, rho_max=0.1 are not in order"):
+    with pytest.raises(
+        ValueError, match="rho_min=0.2 and rho_max=0.1 are not finite with 0 <= rho_min"
+    ):
         gsam.rho_from_learning_rate(1e-3, 0.1, 0.2, 1e-3)
     with pytest.raises(ValueError, match="lr_min=0.1 is above lr_max=0.01"):
         gsam.rho_from_learning_rate(1e-3, 0.2, 0.1, 0.01, 0.1)

@@ -602,7 +602,7 @@ def draw(path, curves, profiles, distances):
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 below the floor or if the loss is not finite, 2 for bad input."""
+    """Returns the exit status: 1 below FLOOR or for a loss that is not finite, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Trains on wrong labels by SGD, SAM and GSAM.")
     data_path = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each of three runs")
@@ -679,7 +679,9 @@ def run_program(main):  # same in every file
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python fails to flush
         status = 141
     sys.exit(status)
 

@@ -7,7 +7,7 @@
 
     # A sequence that is sharded over the devices of mesh axis "seq":
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
-    ring = functools.partial(ring_attention, axis_name="seq", causal=True)
+    ring = functools.partial(ring_attention, seq_axis="seq", causal=True)
     cut = jax.P(None, "seq")
     out = jax.jit(jax.shard_map(ring, mesh=mesh, in_specs=cut, out_specs=cut))(q, k, v)
 
@@ -191,7 +191,9 @@ def attention_checkpointed(q, k, v, *, q_chunk=1024, kv_chunk=4096):
 
     chunks = chunks_of(k, s), chunks_of(v, s), jnp.arange(0, S, s)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # needed outside of loops only
+    @functools.partial(
+        jax.checkpoint, prevent_cse=False
+    )  # prevent_cse costs time, and loops do without
     def summarize_chunk(q, chunk):
         k, v, first_key = chunk
         scores = jnp.einsum("bthk,bshk->bhts", q * K**-0.5, k)
@@ -432,8 +434,8 @@ def heads_last(results, dtype, return_lse):
 # tile_table lists the tiles in which some query sees some key, scan_tiles folds a function over
 # them, and a Tile cuts its part out of an array.
 
-FEW = 2**16  # with fewer scores for each head, a CPU too is faster with all heads in one tile
-MOST = 2**17  # queries, or keys, of a tile, times the heads in it
+FEW = 2**16  # below this many scores for each head all heads in one tile are faster on a CPU, too
+HEADS_TIMES_TILE = 2**17  # limit of (queries or keys of a tile) times (its heads)
 
 
 def tile_shapes(x: Arrays, causal, window, q_chunk=None, kv_chunk=None):
@@ -447,7 +449,7 @@ def tile_shapes(x: Arrays, causal, window, q_chunk=None, kv_chunk=None):
     - in tiles of about equal size: 2,049 queries are two tiles of 1,088, not 2,048 and 1.
     """
     longer = 512 if causal else 2048
-    limit = MOST // math.prod(heads_at_once(x))
+    limit = HEADS_TIMES_TILE // math.prod(heads_at_once(x))
     limit = max(limit, 64)
     if window:
         limit = min(limit, max(window, 128))
@@ -567,7 +569,7 @@ def scan_tiles(plan: Plan, t, s, add_tile, carry, x: Arrays):
     """Folds add_tile(carry, tile) -> carry over all tiles, head by head; returns the last carry."""
     block = heads_at_once(x)
     counts = [n // size for n, size in zip(x.q.shape[:3], block)]
-    # Where each block starts: its number, since a block has one head or is the only one.
+    # Index of each block's first head: the block's number, for it has one head or is the only one.
     heads = np.indices(counts).reshape(3, -1).T.astype(np.int32)  # [number of blocks,3]
 
     def scan_table(carry, table, masked):
@@ -697,7 +699,7 @@ def divide(softmax: Softmax) -> Softmax:
 
 
 class Rows(NamedTuple):
-    """What the gradient needs of each query, beside q."""
+    """What the gradient needs of each query, besides q."""
 
     highest: jax.Array  # [B,G,R,T,1], as in Softmax
     total: jax.Array  # [B,G,R,T,1], as in Softmax, and 1 for a query that sees nothing
@@ -708,7 +710,7 @@ class Rows(NamedTuple):
 def rows_of(results: Softmax, cotangents: Softmax) -> Rows:
     """The Rows of what attend returned, and of its cotangents.
 
-    That of highest is ignored: another maximum would give the same results.
+    The cotangent of highest is ignored, since any other maximum gives the same results.
     """
     total = one_if_zero(results.total)
     delta = (results.out * cotangents.out).sum(-1, keepdims=True) / total - cotangents.total
@@ -723,7 +725,7 @@ def accumulate_gradients(plan: Plan, grads: Arrays, x: Arrays, rows: Rows) -> Ar
         terms_j (v_j.dout / total - delta),  delta = out.dout / total - (gradient of total).
 
     The scores are those of running_softmax, to the bit (not those of the kernel), and their terms
-    come from its maximum and sum. From a rounded log-sum-exp instead, errors were 4 to 20 times as
+    come from its maximum and sum; computed from a rounded log-sum-exp, errors were 4 to 20 times as
     large for 8 keys.
     """
     # If XLA on a CPU sees that q is constant, dk is wrong (JAX 0.10.2, 0.12.0.1): hide it.
@@ -804,15 +806,15 @@ class Ring(NamedTuple):
 
 
 def ring_attention(
-    q, k, v, axis_name, *, causal=False, scale=None, q_chunk=None, kv_chunk=None, return_lse=False
+    q, k, v, seq_axis, *, causal=False, scale=None, q_chunk=None, kv_chunk=None, return_lse=False
 ):
-    """Inside shard_map: attention over a sequence that is sharded over the mesh axis axis_name.
+    """Inside shard_map: attention over a sequence that is sharded over the mesh axis seq_axis.
 
     The blocks of this device, q [B,T,H,K], k [B,S,G,K] and v [B,S,G,V] -> [B,T,H,V]. Keys and
     values go once round the ring of n devices, while each device works on the block that it holds:
     at any time it has two blocks of keys and values, one of which is in transit. The forward pass
     has 2n ppermutes, the backward pass 4n, since the gradients of keys and values travel with them.
-    The last of n moves brings all back to their owners.
+    After n moves all keys are back with their owners.
 
     The devices hold the sequence in its order. With a causal mask device 0 is then busy in one of n
     steps, the last device in all; the zigzag order of examples/long_context.py halves the time.
@@ -823,7 +825,7 @@ def ring_attention(
     T = q.shape[1]
     S = k.shape[1]
     require(not causal or T == S, f"causal=True with {T} queries and {S} keys on a device")
-    results = ring(Ring(plan, axis_name), x)
+    results = ring(Ring(plan, seq_axis), x)
     return heads_last(results, x.q.dtype, return_lse)
 
 
@@ -835,10 +837,10 @@ def send(axis, tree):
 
 
 def visit(fixed: Ring, distance, add, carry):
-    """carry after add(plan, carry) for the block of keys of the device `distance` before this one.
+    """Calls add(plan, carry) for the keys of the device `distance` places back in the ring.
 
-    With a causal mask only a device's own block needs the mask: all keys of earlier devices are
-    seen, and none of later ones, which come before this one round the end of the ring.
+    With a causal mask only a device's own keys need the mask: all keys of earlier devices are seen,
+    and none of later ones, which the ring reaches past its first device.
     """
     all_keys = fixed.plan._replace(causal=False)
     if not fixed.plan.causal:
@@ -1039,7 +1041,7 @@ PAPER = {  # Tables 2 and 3: n -> MB on a TPUv3 (definition, the paper's algorit
 class Cost(NamedTuple):  # same in every file
     """What a function costs."""
 
-    memory: int  # bytes beside inputs and results
+    memory: int  # bytes besides inputs and results
     seconds: float  # the least of five runs; NaN if it was not run
 
 
@@ -1132,7 +1134,7 @@ def check_out(path):  # same in every file
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 below the floor, 2 for bad input."""
+    """Returns the exit status: 1 below FLOOR, 2 for bad input."""
     parser = argparse.ArgumentParser(
         description="Measures the memory and time of attention against n."
     )
@@ -1154,9 +1156,11 @@ def main(argv=None) -> int:
     lengths = [2**i for i in range(8, args.longest + 1, 2)]
     results = {task: measure(task, lengths) for task in ("inference", "gradient")}
     got = [plain[-1].memory / here[-1].memory for plain, here in results.values()]
-    expected = "expected unknown, at least unknown"
-    if args.longest == 14:
+    defaults = args.longest == 14
+    if defaults:
         expected = f"expected {show(EXPECTED)}, at least {show(FLOOR)}"
+    else:
+        expected = "expected unknown, at least unknown"
     name = f"times less memory at n = {lengths[-1]:,}, inference and gradient"
     print(f"result: {name}: got {show(got)}, {expected}")
     try:
@@ -1165,7 +1169,7 @@ def main(argv=None) -> int:
     except Exception as error:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {type(error).__name__}: {error}")
     enough = all(times >= floor for times, floor in zip(got, FLOOR))
-    return int(args.longest == 14 and not enough)
+    return int(defaults and not enough)
 
 
 def run_program(main):  # same in every file
@@ -1176,7 +1180,9 @@ def run_program(main):  # same in every file
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python fails to flush
         status = 141
     sys.exit(status)
 

@@ -107,9 +107,7 @@ class Config:
     noise_std: float = 1.0  # in training the router's noise has the deviation noise_std / experts
     importance_weight: float = 0.005  # factor of the importance loss
     load_weight: float = 0.005  # factor of the load loss
-    # Or "bfloat16": of dense layers, experts, GELU and attention's products. Router, softmax and
-    # LayerNorm stay float32.
-    dtype: str = "float32"
+    dtype: str = "float32"  # or "bfloat16": of dense layers, GELU, products; all else float32
     remat: bool = True  # recompute each block in the backward pass, to save memory
     fsdp: bool = False  # only for the interface: see __post_init__
 
@@ -668,7 +666,10 @@ def forward(
     shape, dtype or range, for a number of images that group does not divide, and for params of
     another config.
     """
-    require(model_axis is None, "moe.py shards nothing over the mesh axis model: it must be 1")
+    require(
+        model_axis is None,
+        f"model_axis={model_axis!r} is not None: moe.py shards nothing over it",
+    )
     if noise is None and key is not None:
         noise = draw_noise(key, len(images), config, data_axis)
     x, reports = encode(params, images, config, noise=noise, valid=valid, data_axis=data_axis)
@@ -687,13 +688,14 @@ def forward(
 def routing_metrics(reports, config: Config, data_axis=None) -> dict:
     """Statistics of the routing of all groups, on all devices, in all blocks with experts.
 
-    importance_loss   summed over the blocks, mean over the groups with valid images; load_loss too
-    auxiliary_loss    both, multiplied by their weights: what is added to the loss of the task
-    dropped           share of all choices that got no slot
-    largest_load      the load of an expert is its number of choices over what balanced routing
-                      would give it; this is the largest of all experts and blocks, smallest_load
-                      the smallest, 0 for an expert without tokens
-    router_entropy    of the gates, mean over tokens, in nats: log(E) where the router is undecided
+    importance_loss  summed over the blocks, mean over the groups with valid images
+    load_loss        likewise
+    auxiliary_loss   both, multiplied by their weights: what is added to the loss of the task
+    dropped          share of all choices that got no slot
+    largest_load     of all experts and blocks; the load of an expert is its number of choices
+                     divided by what balanced routing would give it
+    smallest_load    likewise, 0 for an expert without tokens
+    router_entropy   of the gates, mean over tokens, in nats: log(E) where the router is undecided
     """
     blocks = jax.tree.map(lambda *x: jnp.stack(x), *reports.values())  # [blocks,G,...]
     valid = blocks.valid
@@ -728,7 +730,7 @@ def routing_metrics(reports, config: Config, data_axis=None) -> dict:
 
 
 def one_hot(labels, classes):  # same in every file
-    """Labels int [B] as rows with a single one. [B] -> float32 [B,N].
+    """Integer labels as one-hot rows. [B] -> float32 [B,N].
 
     The label -1 gives a row of zeros. Any other label that is not a class gives NaN, so that the
     mistake shows in the loss. Raises ValueError for labels that are not integers.
@@ -749,7 +751,7 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
     batch: {"images": [B,height,width,C] in [-1, 1], "labels": int [B], -1 for rows to ignore, or
     float [B,N], rows that sum to 1, for mixtures of classes, or to 0, to ignore them}. Returns the
     sum and the metrics of routing_metrics with "loss", the cross-entropy alone in nats, the mean
-    over the valid rows. It is 0 if no row is valid.
+    over the valid rows. That loss is 0 if no row is valid.
     """
     require(config.classes > 0, "classes=0: without a head there is no loss")
     targets = batch["labels"]
@@ -783,7 +785,7 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
 
 @dataclasses.dataclass(frozen=True)
 class Param:  # same in every file
-    """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
+    """Shape, sharding and initialiser of one weight. A dataclass, since jax.tree opens tuples."""
 
     shape: tuple
     spec: P  # the mesh axis that shards each array axis, if any
@@ -863,7 +865,7 @@ def param_table(config: Config) -> dict:
     return table
 
 
-def init_params(key: jax.Array, config: Config) -> dict:
+def init_params(key: jax.Array, config: Config) -> dict:  # same in every file
     """Float32 weights from the official distributions. Nested dict, shapes as in param_table."""
     declared, treedef = jax.tree.flatten(param_table(config))
     keys = jax.random.split(key, len(declared))
@@ -882,7 +884,7 @@ def resize_position_embedding(positions, old_grid, new_grid, prefix):  # same in
     """Position embeddings for another grid of patches, by 2D interpolation (Sec. 3.2).
 
     [prefix+old,D] -> [prefix+new,D], for grids (rows, columns) of old and new patches. The first
-    `prefix` rows, that of a class token, stay as they are.
+    `prefix` rows, those of a class token, stay as they are.
     """
     positions = np.asarray(positions)
     patches = math.prod(old_grid)
@@ -924,7 +926,7 @@ def adapt(params, old_config: Config, new_config: Config) -> dict:
 
 
 class Recipe(NamedTuple):
-    """Training hyper-parameters."""
+    """Training hyper-parameters, which examples/train.py can follow."""
 
     optimizer: str  # "adam", b1=0.9 and b2=0.999, or "sgd", momentum 0.9
     batch: int
@@ -940,10 +942,10 @@ class Recipe(NamedTuple):
 # Of B/16. For fine-tuning at 384 pixels the official code has capacity_factor=1.5.
 RECIPES = {
     "to ImageNet": Recipe(
-        "sgd", 1024, 10_000, 0.003, "cosine", 500, 0.0, 10.0, "quoted: official configs"
+        "sgd", 1024, 10_000, 0.003, "cosine", 500, 0.0, 10.0, "quoted: official code"
     ),
     "to CIFAR": Recipe(
-        "sgd", 1024, 1_000, 0.0015, "cosine", 100, 0.0, 10.0, "quoted: official configs"
+        "sgd", 1024, 1_000, 0.0015, "cosine", 100, 0.0, 10.0, "quoted: official code"
     ),
     "digits": Recipe("adam", 32, 1_000, 3e-3, "cosine", 60, 0.1, 1.0, "reproduced: python moe.py"),
 }
@@ -953,7 +955,7 @@ RECIPES = {
 
 
 def trimmed_spec(axes):  # same in every file
-    """PartitionSpec without None at the end, as jit returns it: else the second step recompiles."""
+    """PartitionSpec without None at the end, as jit returns it; any other recompiles a step."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -981,6 +983,22 @@ def param_specs(config: Config, mesh) -> dict:
     return jax.tree.map(spec_of, param_table(config))
 
 
+def make_mesh(text):  # same in every file
+    """A mesh from text such as "data=4,model=2".
+
+    Without an accelerator CPUs are simulated, if this is called before JAX is used.
+    """
+    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
+    require(match, f"--mesh {text} is not of the form data=4,model=2")
+    shape = (int(match[1]), int(match[2]))
+    needed = math.prod(shape)
+    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
+        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
+    count = jax.device_count()
+    require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
 class State(NamedTuple):
     """What a training run carries from step to step."""
 
@@ -1005,7 +1023,7 @@ def slot_spec(slot, spec, param):  # same in every file
 def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
     """Weights, optimizer state and step 0, each created on the mesh with its sharding.
 
-    The weights are copies of `params` if given, for example from load or adapt; else they are
+    The weights are copies of `params` if given, for example from load or adapt; otherwise they are
     drawn. mesh has the axes "data" and "model", both Auto; optimizer is one of optax that needs
     nothing but gradients and weights. Raises ValueError for params of another config.
     """
@@ -1281,7 +1299,7 @@ def save(path, params, config: Config):
     write_npz(path, flat)
 
 
-def load(path, config: Config) -> dict:
+def load(path, config: Config) -> dict:  # same in every file
     """Parameters from an .npz under official names. Raises as read_npz and from_official do."""
     return from_official(read_npz(path), config)
 
@@ -1307,22 +1325,6 @@ LOW = 0.25  # the capacity factor of the result and of the figure's digits
 EXPECTED = 4.6  # points of accuracy that Batch Prioritized Routing saves at LOW
 FLOOR = 0.5  # points; below, the demo fails
 REPORT = 100  # steps between lines of progress
-
-
-def make_mesh(text):  # same in every file
-    """A mesh from text such as "data=4,model=2".
-
-    Without an accelerator CPUs are simulated, if this is called before JAX is used.
-    """
-    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
-    require(match, f"--mesh {text} is not of the form data=4,model=2")
-    shape = (int(match[1]), int(match[2]))
-    needed = math.prod(shape)
-    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
-        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
-    count = jax.device_count()
-    require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_out(path):  # same in every file
@@ -1356,11 +1358,11 @@ def load_digits(path):  # same in every file
     return images[order][..., None], labels[order].astype(np.int32)
 
 
-def augment(images, rng):  # same in every file
-    """Shifts each picture by up to two pixels in any direction. uint8 [B,height,width,C]."""
+def augment(images, rng, most):  # same in every file
+    """Shifts each picture by up to `most` pixels in any direction. uint8 [B,height,width,C]."""
     B, height, width, _ = images.shape
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    down, across = rng.integers(0, 5, (2, B, 1, 1))  # into the padded picture; 2: not moved
+    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    down, across = rng.integers(0, 2 * most + 1, (2, B, 1, 1))  # into padded; `most`: not moved
     rows = down + np.arange(height)[:, None]  # [B,height,1]
     columns = across + np.arange(width)  # [B,1,width]
     return padded[np.arange(B)[:, None, None], rows, columns]
@@ -1388,7 +1390,7 @@ def make_optimizer(steps):  # same in every file
 
 
 def train(config: Config, mesh, images, labels, steps, seed):
-    """Trains on images uint8 [B,28,28,1], moved at random. Returns the weights."""
+    """Trains on images uint8 [B,28,28,1], shifted at random. Returns the weights."""
     init_key, step_key = jax.random.split(jax.random.key(seed))
     optimizer = make_optimizer(steps)
     state = init_state(init_key, config, optimizer, mesh)
@@ -1397,7 +1399,7 @@ def train(config: Config, mesh, images, labels, steps, seed):
     started = time.time()
     for i in range(1, steps + 1):
         rows = rng.integers(len(images), size=RECIPES["digits"].batch)
-        batch = place(mesh, augment(images[rows], rng), labels[rows])
+        batch = place(mesh, augment(images[rows], rng, 2), labels[rows])
         state, metrics = step(state, batch, step_key)
         metrics = jax.tree.map(float, metrics)
         loss = metrics["loss"]
@@ -1509,7 +1511,7 @@ def draw(path, results, images, kept):
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 below the floor or if the loss is not finite, 2 for bad input."""
+    """Returns the exit status: 1 below FLOOR or for a loss that is not finite, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Trains a small V-MoE on digits.")
     data = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
     recipe = RECIPES["digits"]
@@ -1569,7 +1571,9 @@ def run_program(main):  # same in every file
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python fails to flush
         status = 141
     sys.exit(status)
 

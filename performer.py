@@ -36,7 +36,7 @@ Claims    C1 the features are unbiased (Lemma 1)
           C6 causal attention is the masked quadratic form, and no output depends on the future
           C7 decoding token by token gives the same numbers
           C8 finite in bfloat16 at queries and keys of norm 30, value and gradient
-          C9 a sequence cut over devices gives the same numbers; the traffic does not grow with it
+          C9 a sequence sharded over devices gives the same numbers, by traffic of a fixed size
 Checked   google-research/google-research @ 0c1bbe5, performer/fast_attention/jax: features,
           attention, gradients and projections in float32 on a CPU differ by at most 2.5e-6 of the
           largest value. The claims are tests in tests/test_performer.py.
@@ -135,13 +135,13 @@ def orthogonal_block(key, dim, official):
 
 
 def check_sizes(features, dim):
-    """ValueError for sizes below 1."""
+    """Raises ValueError for sizes below 1."""
     require(features >= 1, f"features={features} is not at least 1")
     require(dim >= 1, f"dim={dim} is not at least 1")
 
 
 # ==== Features ====================================================================================
-# Those of the softmax kernel: the mean of phi(x).phi(y) is SM(x, y) = exp(x.y). Then other kernels.
+# First those of the softmax kernel, where the mean of phi(x).phi(y) is SM(x, y) = exp(x.y).
 
 
 class Features(NamedTuple):
@@ -239,7 +239,7 @@ def favor_attention(
     v,
     projection,
     *,
-    features="positive",
+    kind="positive",
     causal=False,
     mask=None,
     chunk=128,
@@ -253,7 +253,7 @@ def favor_attention(
     (exp(|q + k|^2 / sqrt(K)) - 1) / M for positive features (Lemma 2). Weights that were trained
     with softmax attention need some more training.
 
-    features   "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)); the sums
+    kind       "positive", "hyperbolic" or "trigonometric" approximate exp(q.k / sqrt(K)); the sums
                of the last can be near 0, and an output then large. "relu" is another kernel, which
                needs no projection. A function (x, projection) -> Features is a kernel of your own:
                its x is a chunk [B,H,t,K] that has not been scaled by K^-1/4
@@ -266,7 +266,7 @@ def favor_attention(
 
     Raises ValueError for arguments that do not go together.
     """
-    check_arguments(q, k, v, projection, features, causal, mask, chunk)
+    check_arguments(q, k, v, projection, kind, causal, mask, chunk)
     T = q.shape[1]
     dtype = q.dtype
     if mask is None:
@@ -274,7 +274,7 @@ def favor_attention(
     else:  # whatever the padding holds, even NaN, has no effect
         k = jnp.where(mask[:, :, None, None], k, 0)
         v = jnp.where(mask[:, :, None, None], v, 0)
-    phi = functools.partial(features_of, projection=projection, features=features)
+    phi = functools.partial(features_of, projection=projection, kind=kind)
     q = chunks_of(heads_first(q), chunk)
     keys = (
         chunks_of(heads_first(k), chunk),
@@ -299,16 +299,16 @@ def favor_attention(
     return out.swapaxes(1, 2)[:, :T].astype(dtype)
 
 
-def features_of(x, projection, features) -> Features:
+def features_of(x, projection, kind) -> Features:
     """The features of queries or keys. [B,H,T,K] -> values [B,H,T,M], log_scale [B,H,T,1]."""
     if projection is not None:
         projection = projection.astype(x.dtype)
-    if callable(features):
-        return features(x, projection)
-    if features == "relu":
+    if callable(kind):
+        return kind(x, projection)
+    if kind == "relu":
         return relu_features(x, projection)
     x = x * x.shape[-1] ** -0.25  # on q and on k, which gives 1 / sqrt(K)
-    return SOFTMAX_KERNELS[features](x, projection)
+    return SOFTMAX_KERNELS[kind](x, projection)
 
 
 def with_ones(v):
@@ -425,8 +425,8 @@ def attention_matrix(q, k, projection, **options):
     return out.swapaxes(1, 2)
 
 
-def check_arguments(q, k, v, projection, features, causal, mask, chunk):
-    """ValueError for arguments of favor_attention that do not go together."""
+def check_arguments(q, k, v, projection, kind, causal, mask, chunk):
+    """Raises ValueError for arguments of favor_attention that do not go together."""
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     require(
         q.ndim == k.ndim == v.ndim == 4
@@ -441,11 +441,11 @@ def check_arguments(q, k, v, projection, features, causal, mask, chunk):
         f"q is {q.dtype}, k {k.dtype}, v {v.dtype}, not all of the same floating type",
     )
     require(
-        callable(features) or features in [*SOFTMAX_KERNELS, "relu"],
-        f"features={features!r} is none of {[*SOFTMAX_KERNELS, 'relu']}, and no function",
+        callable(kind) or kind in [*SOFTMAX_KERNELS, "relu"],
+        f"kind={kind!r} is none of {[*SOFTMAX_KERNELS, 'relu']}, and no function",
     )
-    if features in SOFTMAX_KERNELS:
-        require(projection is not None, f"features={features!r} needs a projection")
+    if kind in SOFTMAX_KERNELS:
+        require(projection is not None, f"kind={kind!r} needs a projection")
     if projection is not None:
         require(
             projection.ndim == 2 and projection.shape[1] == q.shape[3] and len(projection) > 0,
@@ -491,17 +491,17 @@ def init_state(batch, heads, features, value_size) -> State:
     )
 
 
-def decode_step(state: State, q, k, v, projection, *, features="positive"):
+def decode_step(state: State, q, k, v, projection, *, kind="positive"):
     """One token: its key joins the state, then its query sees all keys so far.
 
     q, k [B,1,H,K], v [B,1,H,V] -> (state, out [B,1,H,V]). Time and memory do not depend on the
     number of tokens before. Raises ValueError as favor_attention does, and for a state of other
     sizes.
     """
-    check_arguments(q, k, v, projection, features, causal=False, mask=None, chunk=1)
+    check_arguments(q, k, v, projection, kind, causal=False, mask=None, chunk=1)
     for name, x in {"q": q, "k": k}.items():
         require(x.shape[1] == 1, f"{name} has {x.shape[1]} tokens, decode_step takes one")
-    k_features = features_of(heads_first(k), projection, features)
+    k_features = features_of(heads_first(k), projection, kind)
     c = heads_first(with_ones(v))
     B, H, _, M = k_features.values.shape
     wanted = (B, H, M, c.shape[-1])
@@ -511,7 +511,7 @@ def decode_step(state: State, q, k, v, projection, *, features="positive"):
     )
     mask = jnp.ones((B, 1, 1, 1), bool)
     state = merge_states(state, summarize(k_features, c, mask))
-    buffer = read(features_of(heads_first(q), projection, features), state)
+    buffer = read(features_of(heads_first(q), projection, kind), state)
     return state, normalize(buffer).swapaxes(1, 2).astype(q.dtype)
 
 
@@ -570,7 +570,7 @@ def make_errors(kind, make_projection, rows):
 
     def error(q, k, v, exact, key):
         projection = make_projection(key, rows, DIM)
-        out = favor_attention(q, k, v, projection, features=kind)
+        out = favor_attention(q, k, v, projection, kind=kind)
         return jnp.linalg.norm(out - exact) / jnp.linalg.norm(exact)
 
     @jax.jit
@@ -611,7 +611,7 @@ def measure_errors(seed):
 class Cost(NamedTuple):  # same in every file
     """What a function costs."""
 
-    memory: int  # bytes beside inputs and results
+    memory: int  # bytes besides inputs and results
     seconds: float  # the least of five runs; NaN if it was not run
 
 
@@ -691,7 +691,7 @@ def check_out(path):  # same in every file
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 for a bad result with the default flags, 2 for bad input."""
+    """Returns the exit status: 1 above MOST_ERROR or below LEAST_RATIO, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Measures the error and the time of FAVOR+.")
     parser.add_argument(
         "--longest", type=int, default=14, help="the longest sequence is 2 to this power"
@@ -741,7 +741,9 @@ def run_program(main):  # same in every file
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python fails to flush
         status = 141
     sys.exit(status)
 

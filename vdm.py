@@ -95,7 +95,7 @@ class Config:
     levels: int = 256  # a pixel is an integer from 0 to levels - 1
     width: int = 128  # channels inside the score network, a multiple of 32, at least 64
     depth: int = 32  # blocks on the way down; there is one more on the way up
-    attention: bool = False  # after every block; False: after the first middle block only
+    attention: bool = False  # True: after every block; False: after the first middle block only
     fourier: tuple[int, ...] = (6, 7)  # the n of the features sin and cos of 2^n 2 pi z
     dropout: float = 0.1
     timesteps: int = 0  # T of the loss; 0 is continuous time
@@ -160,9 +160,23 @@ class Config:
         return (*self.image_size, self.channels)
 
 
+SIZES = {
+    "CIFAR-10": Config(),
+    "CIFAR-10, augmented": Config(
+        width=256,
+        attention=True,
+        dropout=0.05,
+        schedule="network",
+        endpoints="official",
+        schedule_objective="bound",
+    ),
+    "ImageNet 32": Config(width=256, depth=32),
+}
+
+
 # ==== Noise schedules (Sec. 3.2, App. H) ==========================================================
 
-BEND_UNITS = 1024
+BEND_UNITS = 1024  # hidden units of the network schedule
 
 # gamma(t) = -log SNR(t) grows with t. Then alpha^2 = sigmoid(-gamma), sigma^2 = sigmoid(gamma), and
 # alpha^2 + sigma^2 = 1 without rounding errors where one of them is small.
@@ -290,7 +304,8 @@ def score_network(params, z, gamma, conditioning, config: Config, keys=None):
     cond = jax.nn.swish(dense(features, params["dense0"]))
     cond = jax.nn.swish(dense(cond, params["dense1"]))  # [B,4D]
 
-    run_block, run_attention = block, pixel_attention
+    run_block = block
+    run_attention = pixel_attention
     if config.remat:  # the backward pass gets the inputs of both, and computes the rest again
         run_block = jax.checkpoint(block, static_argnums=3)
         run_attention = jax.checkpoint(pixel_attention)
@@ -372,7 +387,8 @@ def convolve_on_cpu(x, kernel):
         windows = [padded[i : i + H, j : j + W] for i in range(3) for j in range(3)]
         return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
-    return lax.map(convolve_one, x, batch_size=4)  # windows take 9 times the memory of x
+    few = math.gcd(len(x), 4)  # pictures at a time: windows take 9 times the memory of x
+    return lax.map(convolve_one, x, batch_size=few)
 
 
 def dense(x, weights):
@@ -630,7 +646,7 @@ def decode(params, z_0, config: Config):
 
 @dataclasses.dataclass(frozen=True)
 class Param:  # same in every file
-    """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
+    """Shape, sharding and initialiser of one weight. A dataclass, since jax.tree opens tuples."""
 
     shape: tuple
     spec: P  # the mesh axis that shards each array axis, if any
@@ -721,7 +737,7 @@ def schedule_table(config: Config) -> dict:
     }
 
 
-def init_params(key: jax.Array, config: Config) -> dict:
+def init_params(key: jax.Array, config: Config) -> dict:  # same in every file
     """Float32 weights from the official distributions. Nested dict, shapes as in param_table."""
     declared, treedef = jax.tree.flatten(param_table(config))
     keys = jax.random.split(key, len(declared))
@@ -743,18 +759,6 @@ class Recipe(NamedTuple):
     source: str  # of bits
 
 
-SIZES = {
-    "CIFAR-10": Config(),
-    "CIFAR-10, augmented": Config(
-        width=256,
-        attention=True,
-        dropout=0.05,
-        schedule="network",
-        endpoints="official",
-        schedule_objective="bound",
-    ),
-    "ImageNet 32": Config(width=256, depth=32),
-}
 CIFAR_10 = Recipe(
     batch=128,
     steps=10_000_000,
@@ -811,6 +815,22 @@ def recipe_optimizer(recipe: Recipe):
 
 
 # ==== Sharded training: pictures over mesh axis "data", weights on every device ===================
+
+
+def make_mesh(text):  # same in every file
+    """A mesh from text such as "data=4,model=2".
+
+    Without an accelerator CPUs are simulated, if this is called before JAX is used.
+    """
+    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
+    require(match, f"--mesh {text} is not of the form data=4,model=2")
+    shape = (int(match[1]), int(match[2]))
+    needed = math.prod(shape)
+    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
+        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
+    count = jax.device_count()
+    require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 class State(NamedTuple):
@@ -1011,7 +1031,7 @@ def from_official(flat, config: Config) -> dict:
 
 
 def to_official(params, config: Config) -> dict:
-    """The inverse of from_official: numpy arrays under the released names.
+    """The inverse of from_official: numpy arrays under the official names.
 
     Raises ValueError for params of another config.
     """
@@ -1054,14 +1074,17 @@ def read_npz(path) -> dict:  # same in every file
 
 
 def save(path, params, config: Config):
-    """Writes an .npz under official names. Raises ValueError for weights that are not finite."""
+    """Writes an .npz under official names, which load reads.
+
+    Raises ValueError for weights that are not finite.
+    """
     flat = to_official(params, config)
     for name, array in flat.items():
         require(np.isfinite(array).all(), f"{name} holds values that are not finite: not saved")
     write_npz(path, flat)
 
 
-def load(path, config: Config) -> dict:
+def load(path, config: Config) -> dict:  # same in every file
     """Parameters from an .npz under official names. Raises as read_npz and from_official do."""
     return from_official(read_npz(path), config)
 
@@ -1083,23 +1106,7 @@ DIGITS = Config(
 HELD_OUT = 300
 REPEATS = 5  # draws for each held-out picture
 REPORT = 50  # steps between lines of progress
-MOST = 2.3  # bits per dimension of the held-out digits, with the default flags
-
-
-def make_mesh(text):  # same in every file
-    """A mesh from text such as "data=4,model=2".
-
-    Without an accelerator CPUs are simulated, if this is called before JAX is used.
-    """
-    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
-    require(match, f"--mesh {text} is not of the form data=4,model=2")
-    shape = (int(match[1]), int(match[2]))
-    needed = math.prod(shape)
-    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
-        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
-    count = jax.device_count()
-    require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+CEILING = 2.3  # bits per dimension of the held-out digits, with the default flags
 
 
 def check_out(path):  # same in every file
@@ -1218,10 +1225,7 @@ def draw(path, params, pictures, found):
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 for a bad result, 2 for bad input.
-
-    A result is bad if the loss is not finite, or if it is above MOST with the default flags.
-    """
+    """Returns the exit status: 1 above CEILING or for a loss not finite, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Trains a small diffusion model on digits.")
     data = str(pathlib.Path(__file__).parent / "data/digits8x8.npz")
     recipe = RECIPES["digits"]
@@ -1269,7 +1273,7 @@ def main(argv=None) -> int:
     found = compare_schedules(params, test, schedule_key)
     defaults = (args.steps, args.seed, args.data) == (recipe.steps, 0, data)
     if defaults:
-        expected = f"expected {recipe.bits}, at most {MOST}"
+        expected = f"expected {recipe.bits}, at most {CEILING}"
     else:
         expected = "expected unknown, at most unknown"
     print(f"result: held-out bits per dimension: got {cost['total']:.2f}, {expected}")
@@ -1279,7 +1283,7 @@ def main(argv=None) -> int:
         print(f"wrote {args.out}")
     except Exception as error:  # matplotlib is missing, or it cannot draw here
         print(f"no figure: {type(error).__name__}: {error}")
-    return int(defaults and not cost["total"] <= MOST)
+    return int(defaults and not cost["total"] <= CEILING)
 
 
 def run_program(main):  # same in every file
@@ -1290,7 +1294,9 @@ def run_program(main):  # same in every file
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python fails to flush
         status = 141
     sys.exit(status)
 

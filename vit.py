@@ -23,7 +23,7 @@ Not here  Hybrid stem (Sec. 3.1), masked patches (App. B), attention dropout. Tr
 Differs   From the paper, following the official code: tanh GELU, LayerNorm epsilon 1e-6, a
           zero head for pre-training too; with pool="gap", LayerNorm before the mean, not after.
           From the official code: variance as mean((x - mean)^2), not E[x^2] - E[x]^2; position
-          embeddings can be resized to rectangles; rows with the label -1 are masked.
+          embeddings can be resized to rectangles; rows with the label -1 are ignored.
 Claims    C1 parameter counts (Table 1)
           C2 without position embeddings the encoder commutes with permutations of the patches
           C3 resizing position embeddings to the same grid changes nothing
@@ -95,11 +95,11 @@ class Config:
     heads: int = 12
     mlp: int = 3072  # hidden units of the MLP
     classes: int = 1000  # 0: no head, forward returns the features
-    pool: str = "token"  # "token": the class token goes to the head; "gap": the mean of the patches
+    pool: str = "token"  # "token": the class token goes to the head; "gap": the mean of all tokens
     representation: int | None = None  # width of a tanh layer before the head, "pre-logits"
     gelu: str = "tanh"  # "tanh" or "exact"; the two differ by up to 5e-4
     dropout: float = 0.0  # rate; after the positions, attention, GELU and MLP
-    dtype: str = "float32"  # or "bfloat16": of dense layers; sums, norms, softmax stay float32
+    dtype: str = "float32"  # or "bfloat16": of dense layers, GELU, products; all else float32
     attention: str = "xla"  # "xla": plain einsums; "cudnn": fused, on a GPU in bfloat16 only
     remat: bool = True  # recompute in the backward pass: S/16 then needs a sixth of the memory
     fsdp: bool = False  # shard weights and optimizer state over the mesh axis "data" too
@@ -135,7 +135,7 @@ class Config:
         require(0 <= self.dropout < 1, f"dropout={self.dropout} is not in [0, 1)")
         require(
             self.remat or not self.fsdp,
-            "fsdp=True needs remat=True: else every gathered weight is kept for the backward pass",
+            "fsdp=True needs remat=True: without it the backward pass keeps every gathered weight",
         )
 
     @property
@@ -438,7 +438,7 @@ def forward(params, images, config: Config, *, key=None, data_axis=None, model_a
 
 
 def one_hot(labels, classes):  # same in every file
-    """Labels int [B] as rows with a single one. [B] -> float32 [B,N].
+    """Integer labels as one-hot rows. [B] -> float32 [B,N].
 
     The label -1 gives a row of zeros. Any other label that is not a class gives NaN, so that the
     mistake shows in the loss. Raises ValueError for labels that are not integers.
@@ -457,18 +457,21 @@ def loss_fn(params, batch, key, config: Config, *, data_axis=None, model_axis=No
     """Softmax cross-entropy in nats, the mean over the valid rows of all devices.
 
     batch: {"images": [B,height,width,C] in [-1, 1], "labels": int [B], -1 for rows to ignore, or
-    float [B,N], rows that sum to 1, for mixtures of classes}. Returns the loss and {"loss": loss}.
-    The loss is 0 if no row is valid.
+    float [B,N], rows that sum to 1, for mixtures of classes, or to 0, to ignore them}. Returns the
+    loss and {"loss": loss}. The loss is 0 if no row is valid. Raises ValueError for labels of
+    another shape or dtype, and for classes=0.
     """
-    logits = forward(
-        params, batch["images"], config, key=key, data_axis=data_axis, model_axis=model_axis
-    )
+    require(config.classes > 0, "classes=0: without a head there is no loss")
     targets = batch["labels"]
     if targets.ndim == 1:
         targets = one_hot(targets, config.classes)
+    wanted = (len(batch["images"]), config.classes)
     require(
-        targets.shape == logits.shape,
-        f"labels are {targets.shape}, not [B] or {logits.shape}",
+        targets.shape == wanted,
+        f"labels are {batch['labels'].shape}, not {wanted[:1]} or {wanted}",
+    )
+    logits = forward(
+        params, batch["images"], config, key=key, data_axis=data_axis, model_axis=model_axis
     )
     total = -(targets * jax.nn.log_softmax(logits)).sum()
     count = targets.sum()
@@ -512,7 +515,7 @@ def attention_rollout(maps):
 
 @dataclasses.dataclass(frozen=True)
 class Param:  # same in every file
-    """Shape, sharding and initialiser of one weight. A dataclass: jax.tree would open a tuple."""
+    """Shape, sharding and initialiser of one weight. A dataclass, since jax.tree opens tuples."""
 
     shape: tuple
     spec: P  # the mesh axis that shards each array axis, if any
@@ -586,7 +589,7 @@ def param_table(config: Config) -> dict:
     return table
 
 
-def init_params(key: jax.Array, config: Config) -> dict:
+def init_params(key: jax.Array, config: Config) -> dict:  # same in every file
     """Float32 weights from the official distributions. Nested dict, shapes as in param_table."""
     declared, treedef = jax.tree.flatten(param_table(config))
     keys = jax.random.split(key, len(declared))
@@ -605,7 +608,7 @@ def resize_position_embedding(positions, old_grid, new_grid, prefix):  # same in
     """Position embeddings for another grid of patches, by 2D interpolation (Sec. 3.2).
 
     [prefix+old,D] -> [prefix+new,D], for grids (rows, columns) of old and new patches. The first
-    `prefix` rows, that of a class token, stay as they are.
+    `prefix` rows, those of a class token, stay as they are.
     """
     positions = np.asarray(positions)
     patches = math.prod(old_grid)
@@ -700,7 +703,7 @@ def gather(weights, table, config: Config, data_axis):  # same in every file
 
 
 def trimmed_spec(axes):  # same in every file
-    """PartitionSpec without None at the end, as jit returns it: else the second step recompiles."""
+    """PartitionSpec without None at the end, as jit returns it; any other recompiles a step."""
     axes = list(axes)
     while axes and axes[-1] is None:
         axes.pop()
@@ -728,6 +731,22 @@ def param_specs(config: Config, mesh) -> dict:
     return jax.tree_util.tree_map_with_path(spec_of, param_table(config))
 
 
+def make_mesh(text):  # same in every file
+    """A mesh from text such as "data=4,model=2".
+
+    Without an accelerator CPUs are simulated, if this is called before JAX is used.
+    """
+    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
+    require(match, f"--mesh {text} is not of the form data=4,model=2")
+    shape = (int(match[1]), int(match[2]))
+    needed = math.prod(shape)
+    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
+        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
+    count = jax.device_count()
+    require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
 class State(NamedTuple):
     """What a training run carries from step to step."""
 
@@ -752,7 +771,7 @@ def slot_spec(slot, spec, param):  # same in every file
 def init_state(key, config: Config, optimizer, mesh, params=None) -> State:
     """Weights, optimizer state and step 0, each created on the mesh with its sharding.
 
-    The weights are copies of `params` if given, for example from load or adapt; else they are
+    The weights are copies of `params` if given, for example from load or adapt; otherwise they are
     drawn. mesh has the axes "data" and "model", both Auto; optimizer is one of optax that needs
     nothing but gradients and weights. Raises ValueError for params of another config.
     """
@@ -855,7 +874,7 @@ OFFICIAL_BLOCK = {  # below Transformer/encoderblock_0, encoderblock_1, ...
     "mlp/dense2": "MlpBlock_3/Dense_1",
 }
 OFFICIAL_POSITION = "Transformer/posembed_input/pos_embedding"
-NEWER_BLOCK = {  # Newer official code numbers each type of layer separately -> released names.
+NEWER_BLOCK = {  # names of newer official code, which counts each type separately -> released
     "LayerNorm_1/": "LayerNorm_2/",
     "MultiHeadDotProductAttention_0/": "MultiHeadDotProductAttention_1/",
     "MlpBlock_0/": "MlpBlock_3/",
@@ -1040,7 +1059,7 @@ def save(path, params, config: Config):
     write_npz(path, flat)
 
 
-def load(path, config: Config) -> dict:
+def load(path, config: Config) -> dict:  # same in every file
     """Parameters from an .npz under official names. Raises as read_npz and from_official do."""
     return from_official(read_npz(path), config)
 
@@ -1053,22 +1072,6 @@ DIGITS = Config(
 REPORT = 100  # steps between lines of progress
 EXPECTED = 97.4  # per cent of the held-out digits, with the default flags
 FLOOR = 96.0
-
-
-def make_mesh(text):  # same in every file
-    """A mesh from text such as "data=4,model=2".
-
-    Without an accelerator CPUs are simulated, if this is called before JAX is used.
-    """
-    match = re.fullmatch(r"data=([1-9]\d*),model=([1-9]\d*)", text)
-    require(match, f"--mesh {text} is not of the form data=4,model=2")
-    shape = (int(match[1]), int(match[2]))
-    needed = math.prod(shape)
-    with contextlib.suppress(RuntimeError):  # JAX is in use already; its devices are counted below
-        jax.config.update("jax_num_cpu_devices", max(needed, jax.config.jax_num_cpu_devices))
-    count = jax.device_count()
-    require(needed <= count, f"--mesh {text} needs {needed} devices, there are {count}")
-    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_out(path):  # same in every file
@@ -1102,11 +1105,11 @@ def load_digits(path):  # same in every file
     return images[order][..., None], labels[order].astype(np.int32)
 
 
-def augment(images, rng):  # same in every file
-    """Shifts each picture by up to two pixels in any direction. uint8 [B,height,width,C]."""
+def augment(images, rng, most):  # same in every file
+    """Shifts each picture by up to `most` pixels in any direction. uint8 [B,height,width,C]."""
     B, height, width, _ = images.shape
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge")
-    down, across = rng.integers(0, 5, (2, B, 1, 1))  # into the padded picture; 2: not moved
+    padded = np.pad(images, ((0, 0), (most, most), (most, most), (0, 0)), mode="edge")
+    down, across = rng.integers(0, 2 * most + 1, (2, B, 1, 1))  # into padded; `most`: not moved
     rows = down + np.arange(height)[:, None]  # [B,height,1]
     columns = across + np.arange(width)  # [B,1,width]
     return padded[np.arange(B)[:, None, None], rows, columns]
@@ -1134,7 +1137,7 @@ def make_optimizer(steps):  # same in every file
 
 
 def train(config: Config, mesh, images, labels, steps, seed):
-    """Trains by Adam and a cosine schedule on images uint8 [B,28,28,1]. Returns the weights."""
+    """Trains on images uint8 [B,28,28,1], shifted at random. Returns the weights."""
     optimizer = make_optimizer(steps)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     state = init_state(init_key, config, optimizer, mesh)
@@ -1143,7 +1146,7 @@ def train(config: Config, mesh, images, labels, steps, seed):
     started = time.time()
     for i in range(1, steps + 1):
         rows = rng.integers(len(images), size=RECIPES["digits"].batch)
-        batch = place(mesh, augment(images[rows], rng), labels[rows])
+        batch = place(mesh, augment(images[rows], rng, 2), labels[rows])
         state, metrics = step(state, batch, step_key)
         loss = float(metrics["loss"])
         if not math.isfinite(loss):
@@ -1203,7 +1206,7 @@ def draw(path, params, config: Config, images, labels):
 
 
 def main(argv=None) -> int:
-    """Returns the exit status: 1 below the floor or if the loss is not finite, 2 for bad input."""
+    """Returns the exit status: 1 below FLOOR or for a loss that is not finite, 2 for bad input."""
     parser = argparse.ArgumentParser(description="Trains a small Vision Transformer on digits.")
     data = str(pathlib.Path(__file__).parent / "data/mnist5k.npz")
     recipe = RECIPES["digits"]
@@ -1261,7 +1264,9 @@ def run_program(main):  # same in every file
     except KeyboardInterrupt:
         status = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # otherwise Python fails to flush
         status = 141
     sys.exit(status)
 

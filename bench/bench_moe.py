@@ -286,7 +286,7 @@ def train_dense(config, mesh, images, labels, steps, seed):
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         rows = rng.integers(len(images), size=moe.RECIPES["digits"].batch)
-        batch = moe.place(mesh, moe.augment(images[rows], rng), labels[rows])
+        batch = moe.place(mesh, moe.augment(images[rows], rng, 2), labels[rows])
         state, _ = step(state, batch, step_key)
     return state.params
 

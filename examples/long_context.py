@@ -57,7 +57,7 @@ def zigzag_order(length, devices):
     return np.stack([early, late], axis=1).ravel()
 
 
-def zigzag_attention(q, k, v, axis_name, *, scale=None, q_chunk=None, kv_chunk=None):
+def zigzag_attention(q, k, v, seq_axis, *, scale=None, q_chunk=None, kv_chunk=None):
     """Causal attention over a sequence in zigzag_order, inside shard_map.
 
     q [B,T,H,K], k [B,T,G,K] and v [B,T,G,V] of this device -> [B,T,H,V]. 2n ppermutes forward and
@@ -71,7 +71,7 @@ def zigzag_attention(q, k, v, axis_name, *, scale=None, q_chunk=None, kv_chunk=N
     # Tiles must fit into half of a block.
     plan, _ = memeff.prepare(q[:, : T // 2], k[:, : T // 2], v[:, : T // 2], **options)
     _, x = memeff.prepare(q, k, v, **options)
-    results = zigzag(Ring(plan, axis_name), x)
+    results = zigzag(Ring(plan, seq_axis), x)
     return memeff.heads_last(results, x.q.dtype, return_lse=False)
 
 
@@ -285,11 +285,11 @@ def compare(mesh, qkv):
 
     rings = {
         "in order": (
-            functools.partial(memeff.ring_attention, axis_name="seq", causal=True),
+            functools.partial(memeff.ring_attention, seq_axis="seq", causal=True),
             np.arange(length),
         ),
         "zigzag": (
-            functools.partial(zigzag_attention, axis_name="seq"),
+            functools.partial(zigzag_attention, seq_axis="seq"),
             zigzag_order(length, n),
         ),
     }

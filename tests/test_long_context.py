@@ -30,7 +30,7 @@ def mesh_of(n):
 
 def zigzag(n, length, **options):
     """zigzag_attention on n devices, of whole arrays in their usual order."""
-    local = functools.partial(long_context.zigzag_attention, axis_name="seq", **options)
+    local = functools.partial(long_context.zigzag_attention, seq_axis="seq", **options)
     return long_context.on_mesh(mesh_of(n), local, long_context.zigzag_order(length, n))
 
 
@@ -78,7 +78,7 @@ def test_zigzag_gives_all_devices_the_same_work():
     whole = count(jax.make_jaxpr(functools.partial(memeff.attention, **chunks))(
         *[jax.ShapeDtypeStruct((1, 128, 1, 64), "float32")] * 3
     ).jaxpr, matmul_flops)  # fmt: skip
-    local = functools.partial(memeff.ring_attention, axis_name="seq", causal=True, **chunks)
+    local = functools.partial(memeff.ring_attention, seq_axis="seq", causal=True, **chunks)
     in_order = long_context.on_mesh(mesh_of(4), local, np.arange(512))
     for function, earlier, later in (
         (zigzag(4, 512, **chunks), whole / 2, whole / 2),
@@ -105,7 +105,7 @@ def test_zigzag_order_refuses(length, devices):
 
 def test_zigzag_attention_refuses():
     def run(T, S):
-        local = functools.partial(long_context.zigzag_attention, axis_name="seq")
+        local = functools.partial(long_context.zigzag_attention, seq_axis="seq")
         specs = {"in_specs": P(None, "seq"), "out_specs": P(None, "seq")}
         q, k = normal((1, 2 * T, 1, 4), (1, 2 * S, 1, 4))
         return jax.shard_map(local, mesh=mesh_of(2), **specs)(q, k, k)

@@ -368,7 +368,7 @@ CUT = P(None, "seq")
 def ring(n, **options):
     """ring_attention on n devices, of whole arrays."""
     mesh = jax.make_mesh((n,), ("seq",), axis_types=(AxisType.Auto,))
-    local = functools.partial(memeff.ring_attention, axis_name="seq", **options)
+    local = functools.partial(memeff.ring_attention, seq_axis="seq", **options)
     out_specs = (CUT, P(None, None, "seq")) if options.get("return_lse") else CUT
     return jax.shard_map(local, mesh=mesh, in_specs=CUT, out_specs=out_specs)
 

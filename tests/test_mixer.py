@@ -846,7 +846,7 @@ def test_draws_of_another_batch_are_refused():
 def test_labels_of_another_shape_are_refused():
     batch = random_batch(TINY, 2)
     batch["labels"] = batch["labels"][:, None]  # [B,1] would broadcast to [B,N] in silence
-    with pytest.raises(ValueError, match=re.escape("labels are (2, 1), not [B] or (2, 5)")):
+    with pytest.raises(ValueError, match=re.escape("labels are (2, 1), not (2,) or (2, 5)")):
         mixer.loss_fn(random_params(TINY), batch, None, TINY)
 
 
@@ -883,16 +883,16 @@ def test_pixel_orders_are_what_their_names_say():
     assert not set(map(frozenset, mixed)) & set(sets)
 
 
-def test_pictures_are_moved_whole():
+def test_pictures_are_shifted_whole():
     images = np.zeros((200, 9, 9, 1), np.uint8)
     images[:, 4, 4] = 200
-    moved = mixer.move(images, np.random.default_rng(0))
+    moved = mixer.augment(images, np.random.default_rng(0), 4)
     assert moved.shape == images.shape and moved.dtype == np.uint8
     assert (moved.sum((1, 2, 3)) == 200).all()  # never further than to the edge
     _, rows, columns, _ = np.nonzero(moved)
     assert set(rows) == set(columns) == set(range(9))
     white = np.full((50, 9, 9, 1), 255, np.uint8)
-    assert mixer.move(white, np.random.default_rng(0)).min() == 0  # what comes in is black
+    assert mixer.augment(white, np.random.default_rng(0), 4).min() == 255  # the edge goes on
 
 
 @pytest.fixture(scope="module")

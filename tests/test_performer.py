@@ -71,7 +71,7 @@ def official_attention(q, k, v, projection, config):
     q = official_features(q, projection, config, is_query=True)
     k = official_features(k, projection, config, is_query=False)
     causal = config["unidirectional"]
-    out = favor_attention(q, k, v, None, features=as_they_are, causal=causal, chunk=5)
+    out = favor_attention(q, k, v, None, kind=as_they_are, causal=causal, chunk=5)
     matrix = jnp.einsum("bthm,bshm->bhts", q, k)
     if causal:
         matrix = jnp.tril(matrix)
@@ -207,11 +207,11 @@ KINDS = ["positive", "hyperbolic", "trigonometric", "relu"]
 LONG = pytest.mark.long
 
 
-def by_hand(q, k, v, projection, features="positive", causal=False, mask=None):
+def by_hand(q, k, v, projection, kind="positive", causal=False, mask=None):
     """The quadratic form, in float64: A = phi(q) phi(k)^T, normalised."""
     phi = []
     for x in (q, k):
-        f = performer.features_of(performer.heads_first(x), projection, features)
+        f = performer.features_of(performer.heads_first(x), projection, kind)
         phi.append(np.float64(f.values) * np.exp(np.float64(f.log_scale)))
     matrix = np.einsum("bhtm,bhsm->bhts", *phi)
     if causal:
@@ -241,20 +241,20 @@ def test_features_by_hand():
 
 
 @pytest.mark.parametrize(
-    "features",
+    "kind",
     ["positive", "trigonometric", *[pytest.param(k, marks=LONG) for k in ("hyperbolic", "relu")]],
 )
-def test_attention_is_the_quadratic_form(features):
+def test_attention_is_the_quadratic_form(kind):
     """Cross attention with a mask; a row of the batch in which no key is left gives zeros."""
     q, k, v = normal((3, 7, 2, 8), (3, 11, 2, 8), (3, 11, 2, 5))
     mask = np.random.default_rng(0).random((3, 11)) < 0.6
     mask[2] = False
-    run = functools.partial(favor_attention, projection=SMALL, features=features)
-    want, matrix = by_hand(q, k, v, SMALL, features, mask=mask)
+    run = functools.partial(favor_attention, projection=SMALL, kind=kind)
+    want, matrix = by_hand(q, k, v, SMALL, kind, mask=mask)
     got = jax.jit(functools.partial(run, chunk=4))(q, k, v, mask=jnp.asarray(mask))
     close(got, want, 3e-5)  # trigonometric sums cancel
     assert not got[2].any()
-    options = {"features": features, "mask": jnp.asarray(mask)}
+    options = {"kind": kind, "mask": jnp.asarray(mask)}
     close(jax.jit(lambda: performer.attention_matrix(q, k, SMALL, **options))(), matrix, 3e-5)
     gradient = jax.grad(lambda *x: run(*x, mask=jnp.asarray(mask)).sum(), (0, 1, 2))
     grads = jax.jit(gradient)(q, k, v)
@@ -262,8 +262,8 @@ def test_attention_is_the_quadratic_form(features):
     assert not any(grad[2].any() for grad in grads)
 
 
-@pytest.mark.parametrize("features", ["positive", "trigonometric"])
-def test_a_masked_key_is_as_if_it_were_not_there(features):
+@pytest.mark.parametrize("kind", ["positive", "trigonometric"])
+def test_a_masked_key_is_as_if_it_were_not_there(kind):
     """Whatever stands there, long keys or NaN."""
     q, k, v = normal((1, 6, 2, 8), (1, 9, 2, 8), (1, 9, 2, 4))
     mask = jnp.arange(9)[None] < 7
@@ -271,7 +271,7 @@ def test_a_masked_key_is_as_if_it_were_not_there(features):
     padded_v = v.at[:, 8].set(jnp.nan)
     for causal in (False, True):
         queries = normal((1, 9, 2, 8), seed=1)[0] if causal else q
-        options = {"projection": SMALL, "features": features, "causal": causal, "chunk": 4}
+        options = {"projection": SMALL, "kind": kind, "causal": causal, "chunk": 4}
         run = jax.jit(functools.partial(favor_attention, **options))
         padded = run(queries, padded_k, padded_v, mask=mask)
         short = run(queries[:, :7], k[:, :7], v[:, :7])
@@ -327,7 +327,7 @@ def test_a_long_key_leaves_the_chunks_after_it_finite():
     """A trigonometric feature has the scale exp(|k|^2 / 2): here exp(141)."""
     q, k, v = normal(*[(1, 12, 2, 8)] * 3)
     k = k.at[:, 1].set(10.0)
-    run = functools.partial(favor_attention, features="trigonometric", causal=True, chunk=4)
+    run = functools.partial(favor_attention, kind="trigonometric", causal=True, chunk=4)
     out, pull = jax.vjp(jax.jit(lambda *qkv: run(*qkv, SMALL)), q, k, v)
     assert all(bool(jnp.isfinite(x).all()) for x in (out, *pull(out)))
     close(out, by_hand(q, k, v, SMALL, "trigonometric", causal=True)[0], 1e-3)
@@ -492,17 +492,17 @@ def test_c5_the_gradient_keeps_no_features(causal):
 CHUNKS = [("positive", 1), ("positive", 64), *((kind, 5) for kind in KINDS)]
 
 
-@pytest.mark.parametrize(("features", "chunk"), CHUNKS)
-def test_c6_causal_is_the_masked_quadratic_form(features, chunk):
+@pytest.mark.parametrize(("kind", "chunk"), CHUNKS)
+def test_c6_causal_is_the_masked_quadratic_form(kind, chunk):
     """Values and gradients, at a length that no chunk but 1 divides."""
     q, k, v, cotangent = normal(*[(2, 23, 2, 8)] * 4)
 
     def loss(q, k, v):
-        out = favor_attention(q, k, v, SMALL, features=features, causal=True, chunk=chunk)
+        out = favor_attention(q, k, v, SMALL, kind=kind, causal=True, chunk=chunk)
         return (out * cotangent).sum(), out
 
     def quadratic(q, k, v):
-        a, b = (performer.features_of(performer.heads_first(x), SMALL, features) for x in (q, k))
+        a, b = (performer.features_of(performer.heads_first(x), SMALL, kind) for x in (q, k))
         phi_q = a.values * jnp.exp(a.log_scale)
         phi_k = b.values * jnp.exp(b.log_scale)
         matrix = jnp.tril(phi_q @ phi_k.mT)
@@ -515,7 +515,7 @@ def test_c6_causal_is_the_masked_quadratic_form(features, chunk):
 
     (_, out), grads = run(loss)
     (_, want), want_grads = run(quadratic)
-    tolerance = 3e-4 if features == "trigonometric" else 2e-5  # denominators near 0
+    tolerance = 3e-4 if kind == "trigonometric" else 2e-5  # denominators near 0
     close(out, want, tolerance)
     largest = max(float(jnp.abs(x).max()) for x in want_grads)
     for got, wanted in zip(grads, want_grads):
@@ -536,13 +536,13 @@ def test_c6_no_output_depends_on_the_future(chunk):
             assert (before[:, t + 1 :] != after[:, t + 1 :]).any()
 
 
-@pytest.mark.parametrize("features", ["positive", "trigonometric"])
-def test_c7_decoding_gives_the_same_numbers(features):
+@pytest.mark.parametrize("kind", ["positive", "trigonometric"])
+def test_c7_decoding_gives_the_same_numbers(kind):
     q, k, v = normal((2, 9, 3, 8), (2, 9, 3, 8), (2, 9, 3, 4))
-    want = favor_attention(q, k, v, SMALL, features=features, causal=True)
-    width = 32 if features == "positive" else 64
+    want = favor_attention(q, k, v, SMALL, kind=kind, causal=True)
+    width = 32 if kind == "positive" else 64
     state = performer.init_state(2, 3, width, 4)
-    step = jax.jit(functools.partial(performer.decode_step, projection=SMALL, features=features))
+    step = jax.jit(functools.partial(performer.decode_step, projection=SMALL, kind=kind))
     for i in range(9):
         token = slice(i, i + 1)
         state, out = step(state, q[:, token], k[:, token], v[:, token])
@@ -551,20 +551,20 @@ def test_c7_decoding_gives_the_same_numbers(features):
 
 
 @pytest.mark.parametrize(
-    ("features", "causal"),
+    ("kind", "causal"),
     [
         *[("positive", False), ("positive", True), ("trigonometric", True), ("relu", True)],
         *[pytest.param(kind, False, marks=pytest.mark.long) for kind in KINDS[1:]],
         pytest.param("hyperbolic", True, marks=pytest.mark.long),
     ],
 )
-def test_c8_finite_in_bfloat16_at_a_norm_of_30(features, causal):
+def test_c8_finite_in_bfloat16_at_a_norm_of_30(kind, causal):
     q, k, v = normal(*[(2, 40, 2, 8)] * 3)
     q, k = (30 * x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
     q, k, v = (x.astype("bfloat16") for x in (q, k, v))
 
     def loss(*qkv):
-        out = favor_attention(*qkv, SMALL, features=features, causal=causal, chunk=16)
+        out = favor_attention(*qkv, SMALL, kind=kind, causal=causal, chunk=16)
         return out.astype("float32").sum(), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -674,8 +674,8 @@ WRONG = [
     ({"projection": SMALL[:, :4]}, "the projection is (32, 4), not [features, 8]"),
     ({"projection": SMALL[:0]}, "the projection is (0, 8), not [features, 8]"),
     ({"projection": SMALL[0]}, "the projection is (8,), not [features, 8]"),
-    ({"projection": None}, "features='positive' needs a projection"),
-    ({"features": "cosine"}, "features='cosine' is none of"),
+    ({"projection": None}, "kind='positive' needs a projection"),
+    ({"kind": "cosine"}, "kind='cosine' is none of"),
     ({"mask": np.ones((2, 5), bool)}, "mask is bool (2, 5), not bool (2, 6)"),
     ({"mask": np.ones((2, 6), int)}, "mask is int64 (2, 6), not bool (2, 6)"),
     ({"q": X[:, :4], "causal": True}, "causal=True with 4 queries and 6 keys"),

@@ -168,7 +168,7 @@ def test_the_ode_gives_the_likelihood_of_gaussian_data():
 def test_the_cost_by_the_ode_is_below_the_bound(model, data, tmp_path, capsys):
     out = tmp_path / "between.png"
     flags = ["--model", model, "--data", data, "--out", str(out)]
-    assert vdm_ode.main([*flags, "--count", "30", "--steps", "20"]) == 0
+    assert vdm_ode.main([*flags, "--count", "8", "--steps", "6"]) == 0
     text = capsys.readouterr().out
     bound, ode = (
         float(re.search(rf"by the {name}: (\d+\.\d+)", text)[1]) for name in ("bound", "ODE")
@@ -177,7 +177,7 @@ def test_the_cost_by_the_ode_is_below_the_bound(model, data, tmp_path, capsys):
     assert out.read_bytes()[:4] == b"\x89PNG"
     params, config = vdm_train.load_model(model)
     first, second = random_pictures(2)
-    pictures = vdm_ode.between(params, first, second, config, 20, 3)
+    pictures = vdm_ode.between(params, first, second, config, 6, 3)
     np.testing.assert_array_equal(pictures[0], first)
     np.testing.assert_array_equal(pictures[2], second)
 

@@ -1083,7 +1083,7 @@ def test_preprocess_refuses(pixels, message):
 def test_labels_and_weights_of_another_shape_are_refused():
     batch = random_batch(TINY, 2)
     batch["labels"] = batch["labels"][:, None]  # [B,1] would broadcast to [B,N] in silence
-    with pytest.raises(ValueError, match=re.escape("labels are (2, 1), not [B] or (2, 5)")):
+    with pytest.raises(ValueError, match=re.escape("labels are (2, 1), not (2,) or (2, 5)")):
         vit.loss_fn(random_params(TINY), batch, None, TINY)
     batch["labels"] = np.array([1.7, 2.0])  # would be rounded in silence
     with pytest.raises(ValueError, match=re.escape("labels [B] are float64, not integers")):
@@ -1178,7 +1178,7 @@ def test_demo_counts_every_held_out_picture_once():
 def test_augmentation_moves_and_never_invents():
     images = np.zeros((50, 9, 9, 1), np.uint8)
     images[:, 4, 4] = 200
-    moved = vit.augment(images, np.random.default_rng(0))
+    moved = vit.augment(images, np.random.default_rng(0), 2)
     assert set(np.unique(moved)) <= {0, 200}
     assert moved.shape == images.shape and len(np.unique(moved, axis=0)) > 10
 

@@ -1,8 +1,8 @@
-"""examples/convert_weights.py: names and shapes by hand, there and back, beside the libraries."""
+"""examples/convert_weights.py: outputs of timm and transformers, there and back, errors."""
 
 import functools
 import importlib
-import re
+import importlib.util
 import subprocess
 import sys
 
@@ -12,21 +12,13 @@ import pytest
 
 import mixer
 import vit
-from common import ROOT, close
+from common import ROOT, close, golden, part
 
 sys.path.insert(0, str(ROOT / "examples"))
 import convert_weights as convert  # noqa: E402, found by the line above
 
 VIT = vit.Config(
-    image_size=8,
-    patch_size=4,
-    width=16,
-    depth=2,
-    heads=2,
-    mlp=24,
-    classes=3,
-    representation=5,
-    gelu="exact",
+    image_size=8, patch_size=4, width=16, depth=2, heads=2, mlp=24, classes=3, gelu="exact"
 )
 MIXER = mixer.Config(
     image_size=8, patch_size=4, width=16, depth=2, tokens_mlp=6, channels_mlp=24, classes=3
@@ -47,118 +39,154 @@ def assert_same(got, want):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
-# ==== By hand =====================================================================================
+# ==== Golden: outputs of the libraries ============================================================
 
 
-def test_arrays_of_timm_by_hand():
-    """Of a dense layer y = x W official, y = W x in PyTorch; heads lie one after the other."""
-    flat = random_official(vit, VIT)
-    theirs = convert.from_official(flat, "timm")
-    block = "Transformer/encoderblock_1"
-    attention = f"{block}/MultiHeadDotProductAttention_1"
-    rng = np.random.default_rng(1)
-    x = rng.standard_normal(16, np.float32)
-    qkv = theirs["blocks.1.attn.qkv.weight"] @ x + theirs["blocks.1.attn.qkv.bias"]
-    for part, name in zip(np.split(qkv, 3), ("query", "key", "value")):
-        kernel = flat[f"{attention}/{name}/kernel"]
-        want = np.einsum("d,dhk->hk", x, kernel) + flat[f"{attention}/{name}/bias"]
-        close(part.reshape(2, 8), want, 1e-6)
-    heads = rng.standard_normal((2, 8), np.float32)
-    want = np.einsum("hk,hkd->d", heads, flat[f"{attention}/out/kernel"])
-    close(theirs["blocks.1.attn.proj.weight"] @ heads.ravel(), want, 1e-6)
-    want = x @ flat[f"{block}/MlpBlock_3/Dense_0/kernel"]
-    close(theirs["blocks.1.mlp.fc1.weight"] @ x, want, 1e-6)
-    patch = theirs["patch_embed.proj.weight"]  # [D,C,h,w]
-    np.testing.assert_array_equal(patch[7, 2, 1, 3], flat["embedding/kernel"][1, 3, 2, 7])
-    np.testing.assert_array_equal(theirs["norm.weight"], flat["Transformer/encoder_norm/scale"])
-    np.testing.assert_array_equal(theirs["pre_logits.fc.bias"], flat["pre_logits/bias"])
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("timm_vit", vit),
+        ("timm_mixer", mixer),
+        ("huggingface_vit", vit),
+        ("huggingface_vit_model", vit),
+    ],
+)
+def test_golden_outputs_of_the_libraries(name, module):
+    """Converted weights give the libraries' outputs, and come back as they were."""
+    meta, arrays = golden("convert_weights", name)
+    weights = part(arrays, "weights/")
+    library = name.partition("_")[0]
+    flat = convert.from_library(weights, library, meta.get("heads"))
+    fields = {"gelu": "exact"} if module is vit else {}
+    config = module.infer_config(flat, **fields)
+    forward = jax.jit(module.forward, static_argnames="config")
+    close(
+        forward(module.from_official(flat, config), arrays["images"], config), arrays["out"], 1e-5
+    )
+    if name == "huggingface_vit_model":
+        weights = {f"vit.{name}": array for name, array in weights.items()}
+    assert_same(convert.to_library(flat, library), weights)
+
+
+# ==== There and back, heads =======================================================================
 
 
 @pytest.mark.parametrize(
     ("module", "config", "library"),
     [
-        (vit, VIT, "timm"),
-        (vit, vit.Config(**{**vars(VIT), "representation": None}), "huggingface"),
+        (vit, VIT, "huggingface"),
         (vit, vit.Config(**{**vars(VIT), "pool": "gap", "classes": 0}), "timm"),
         (mixer, MIXER, "timm"),
     ],
 )
 def test_there_and_back(module, config, library):
     flat = random_official(module, config)
-    theirs = convert.from_official(flat, library)
+    theirs = convert.to_library(flat, library)
     heads = config.heads if module is vit else None
-    assert_same(convert.to_official(theirs, library, heads), flat)
+    assert_same(convert.from_library(theirs, library, heads), flat)
     prefixed = {f"params/{name}": array for name, array in flat.items()}
-    assert_same(convert.from_official(prefixed, library), theirs)
+    assert_same(convert.to_library(prefixed, library), theirs)
 
 
-def test_heads_are_the_width_divided_by_64():
+def test_heads_are_the_width_divided_by_64_where_released_models_have_that():
     config = vit.Config(image_size=8, patch_size=4, width=192, depth=1, heads=3, mlp=8, classes=0)
     flat = random_official(vit, config)
-    assert_same(convert.to_official(convert.from_official(flat, "timm"), "timm"), flat)
+    assert_same(convert.from_library(convert.to_library(flat, "timm"), "timm"), flat)
+    for width in (1280, 100):  # ViT-H has 16, not 20
+        with pytest.raises(ValueError, match=f"a width of {width} does not tell the number of"):
+            convert.number_of_heads(width, None)
+    assert convert.number_of_heads(1280, 16) == 16
 
 
 # ==== Program and errors ==========================================================================
 
 
 def test_program_converts_files_of_both_kinds(tmp_path, capsys):
-    flat = random_official(mixer, MIXER)
+    flat = random_official(vit, VIT)
     vit.write_npz(tmp_path / "official.npz", flat)
 
     def run(source, target, *flags):
         return convert.main([str(tmp_path / source), str(tmp_path / target), *flags])
 
-    assert run("official.npz", "timm.safetensors", "--to", "timm") == 0
-    assert f"{len(flat)} arrays" in capsys.readouterr().out
-    assert run("timm.safetensors", "back.npz", "--from", "timm") == 0
-    assert "Config(image_size=(8, 8)" in capsys.readouterr().out
+    assert run("official.npz", "hf.safetensors", "--to", "huggingface") == 0
+    text = capsys.readouterr().out
+    assert f"{len(flat)} arrays" in text and 'hidden_act="gelu_pytorch_tanh"' in text
+    safe_open = importlib.import_module("safetensors").safe_open
+    with safe_open(tmp_path / "hf.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert run("hf.safetensors", "back.npz", "--from", "huggingface", "--heads", "2") == 0
+    assert 'gelu="exact"), or train.py --gelu exact' in capsys.readouterr().out
     assert_same(vit.read_npz(tmp_path / "back.npz"), flat)
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    x = np.arange(4, dtype=np.float16)
+    vit.write_npz(tmp_path / "x.npz", {"x": x})
+    assert convert.read_arrays(tmp_path / "x.npz")["x"].dtype == np.float32
+    convert.write_arrays(tmp_path / "x.safetensors", {"x": x})
+    assert convert.read_arrays(tmp_path / "x.safetensors")["x"].dtype == np.float32
 
 
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        ({"fc_norm.weight": np.ones(16)}, "--from timm", "fc_norm.weight is unknown: no array of"),
+        ({"fc_norm.weight": np.ones(16)}, "--from timm", "vit.py has a place for"),
         ({"norm.weight": None}, "--from timm", "encoder_norm/scale is missing"),
-        ({"norm.running": np.ones(16)}, "--from timm", "norm.running is unknown: it is no weight"),
-        ({}, "--from timm --heads 3", "does not divide into 3 heads"),
-        ({}, "--from timm --heads 0", "--heads 0 is not at least 1"),
-        ({}, "--from huggingface", "is unknown: no array of this model has that name"),
+        ({"norm.running": np.ones(16)}, "--from timm", "norm.running is neither a weight nor"),
+        ({"norm.weight": np.ones(16, bool)}, "--from timm", "norm.weight is bool, not floating"),
+        ({}, "--from timm --heads 3", "a width of 16 is no multiple of 3 heads"),
+        ({}, "--from timm --heads 0", "a width of 16 is no multiple of 0 heads"),
+        ({}, "--from huggingface", "is no array of huggingface's that vit.py has"),
+        ({}, "--to timm --heads 2", "--heads: an official file tells them"),
     ],
 )
 def test_mistakes_are_told_in_one_line(change, flags, message, tmp_path, capsys):
-    arrays = {**convert.from_official(random_official(vit, VIT), "timm"), **change}
+    arrays = {**convert.to_library(random_official(vit, VIT), "timm"), **change}
     arrays = {name: array for name, array in arrays.items() if array is not None}
     vit.write_npz(tmp_path / "timm.npz", arrays)
-    flags = ["--heads", "2", *flags.split()]
-    assert convert.main([str(tmp_path / "timm.npz"), str(tmp_path / "out.npz"), *flags]) == 2
+    if "--heads" not in flags:
+        flags += " --heads 2"
+    paths = str(tmp_path / "timm.npz"), str(tmp_path / "out.npz")
+    assert convert.main([*paths, *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("convert_weights.py: ") and message in error
     assert len(error.splitlines()) == 1 and not (tmp_path / "out.npz").exists()
 
 
-def test_files_that_cannot_be_converted(tmp_path, capsys):
-    def refused(message, source, *flags):
-        assert convert.main([str(source), str(tmp_path / "out.npz"), *flags]) == 2
-        error = capsys.readouterr().err
-        assert re.search(message, error) and len(error.splitlines()) == 1
+def test_files_that_cannot_be_converted(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
-    refused("none.safetensors does not exist", tmp_path / "none.safetensors", "--from", "timm")
+    def refused(message, source, target, *flags):
+        assert convert.main([source, target, *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+    vit.write_npz("vit.npz", random_official(vit, VIT))
+    vit.write_npz("mixer.npz", random_official(mixer, MIXER))
+    with_layer = vit.Config(**{**vars(VIT), "representation": 5})
+    vit.write_npz("layer.npz", random_official(vit, with_layer))
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
-    refused("is not a readable .safetensors", tmp_path / "bad.safetensors", "--from", "timm")
-    vit.write_npz(tmp_path / "vit.npz", random_official(vit, VIT))
     (tmp_path / "folder.safetensors").mkdir()
-    flat = convert.from_official(random_official(mixer, MIXER), "timm")
-    with pytest.raises(ValueError, match="folder.safetensors cannot be written"):
-        convert.write_arrays(tmp_path / "folder.safetensors", flat)
-    assert not list(tmp_path.glob("*.part"))
-    refused(
-        "pre_logits/.*: huggingface has no place for it",
-        tmp_path / "vit.npz",
-        "--to",
-        "huggingface",
-    )
+
+    to_timm = "--to", "timm"
+    to_hugging_face = "--to", "huggingface"
+    refused("none.npz does not exist", "none.npz", "out.npz", *to_timm)
+    refused("is not a readable .safetensors", "bad.safetensors", "out.npz", *to_timm)
+    refused("x.pth does not end with .npz or", "x.pth", "out.npz", *to_timm)
+    refused("out.bin does not end with .npz or", "vit.npz", "out.bin", *to_timm)
+    refused("vit.npz is the file to read", "vit.npz", "./vit.npz", *to_timm)
+    refused("cannot be written", "vit.npz", "folder.safetensors", *to_timm)
+    refused("pre_logits/bias: timm has no such layer", "layer.npz", "out.npz", *to_timm)
+    refused("pre_logits: Hugging Face has this", "layer.npz", "out.npz", *to_hugging_face)
+    refused("a Mixer, which Hugging Face does not", "mixer.npz", "out.npz", *to_hugging_face)
+    heads = "--from", "timm", "--heads", "2"
+    refused("--heads: a Mixer has none", "mixer.npz", "out.npz", *heads)
+    refused("is read here: it is one of official", "vit.npz", "out.npz", *heads)
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)  # import fails
+    refused("need: pip install safetensors", "bad.safetensors", "out.npz", *to_timm)
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("out*"))
 
 
 # ==== Beside the libraries ========================================================================
@@ -230,10 +258,10 @@ def test_timm_vit_gives_the_same(name, options):
     torch = importlib.import_module("torch")
     options = {"img_size": 64, "depth": 3, "num_classes": 5, **options}
     model = randomized(timm.create_model(name, **options))
-    flat = convert.to_official(state_of(model), "timm")
+    flat = convert.from_library(state_of(model), "timm")
     config = vit.infer_config(flat, gelu="exact")
     compare(vit, config, flat, model, lambda logits: logits, "patch_embed.proj.weight")
-    back = convert.from_official(flat, "timm")
+    back = convert.to_library(flat, "timm")
     other = timm.create_model(name, **options)
     other.load_state_dict({name: torch.tensor(array) for name, array in back.items()})
     assert_same(state_of(other), state_of(model))
@@ -247,10 +275,10 @@ def test_timm_mixer_gives_the_same():
     tanh = functools.partial(torch.nn.GELU, approximate="tanh")
     options = {"img_size": 64, "num_classes": 5, "act_layer": tanh}
     model = randomized(timm.create_model("mixer_s16_224", **options))
-    flat = convert.to_official(state_of(model), "timm")
+    flat = convert.from_library(state_of(model), "timm")
     config = mixer.infer_config(flat)
     compare(mixer, config, flat, model, lambda logits: logits, "stem.proj.weight")
-    assert_same(convert.from_official(flat, "timm"), state_of(model))
+    assert_same(convert.to_library(flat, "timm"), state_of(model))
 
 
 @pytest.mark.network
@@ -267,11 +295,11 @@ def test_hugging_face_vit_gives_the_same(tmp_path):
     )  # fmt: skip
     randomized(model).save_pretrained(tmp_path)
     arrays = convert.read_arrays(tmp_path / "model.safetensors")
-    flat = convert.to_official(arrays, "huggingface", heads=4)
+    flat = convert.from_library(arrays, "huggingface", heads=4)
     config = vit.infer_config(flat, gelu="exact")
     name = "vit.embeddings.patch_embeddings.projection.weight"
     compare(vit, config, flat, model, lambda output: output.logits, name)
-    back = convert.from_official(flat, "huggingface")
+    back = convert.to_library(flat, "huggingface")
     convert.write_arrays(tmp_path / "model.safetensors", back)
     again = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     assert_same(state_of(again), state_of(model))

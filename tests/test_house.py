@@ -274,8 +274,12 @@ def check_alone(name, source, folder):
     return out
 
 
+SLOW = ("performer", "moe", "vdm")  # whose short demos still take a quarter of a minute and more
+ALONE = [pytest.param(name, marks=[pytest.mark.long] * (name in SLOW)) for name in SOURCES]
+
+
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_file_copied_alone_runs(name, tmp_path):
     silent(check_alone(name, SOURCES[name], tmp_path))
 

@@ -1,4 +1,4 @@
-"""Papers that fit together: each model of examples/train.py under GSAM, by Amos, on any mesh.
+"""Papers that fit together: each model of examples/train.py under GSAM, by Amos.
 
 performer.py and memeff_attention.py in a model are tested in test_byte_lm.py.
 """
@@ -24,8 +24,8 @@ SMALL = {
         patch_size=4, width=16, depth=1, heads=2, mlp=16, moe_blocks=(0,), experts=8, group=1
     ),
 }
-# Softmax takes away what a key's bias adds, LayerNorm what that of token mixing adds. Their
-# gradients are rounding, which Amos brings to full size.
+# Endings of names. A key's bias cancels in the softmax, an output bias of token mixing in every
+# later LayerNorm. Their gradients are rounding errors, which Amos scales up to full steps.
 WITHOUT_EFFECT = ("key/bias", "token_mixing/Dense_1/bias")
 MESHES = {vit: "data=2,model=4", mixer: "data=2,model=4", moe: "data=8,model=1"}
 
@@ -59,6 +59,6 @@ def test_gsam_and_amos_train_it_alike_on_one_device_and_on_eight(module, tmp_pat
     for name in ("loss", "gap"):
         got = [float(row[name]) for row in rows_of_eight]
         np.testing.assert_allclose(got, [float(row[name]) for row in rows_of_one], rtol=1e-3)
-    assert min(float(row["gap"]) for row in rows_of_one) > 0  # GSAM was there
+    assert min(float(row["gap"]) for row in rows_of_one) > 0  # a perturbed loss was computed
     losses = [float(row["loss"]) for row in rows_of_one]
-    assert losses[-1] < losses[0]  # and Amos moved the weights
+    assert losses[-1] < losses[0]

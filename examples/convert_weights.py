@@ -1,8 +1,8 @@
-"""Weights of ViT and Mixer between the official names, timm's and Hugging Face's.
+"""Weights of ViT and Mixer: official names to timm's or Hugging Face's, and back.
 
-    python examples/convert_weights.py model.safetensors timm_B_16.npz --from timm
-    python examples/convert_weights.py model.safetensors google_B_16.npz --from huggingface
-    python examples/convert_weights.py B_16.npz model.safetensors --to timm
+    python examples/convert_weights.py model.safetensors official.npz --from timm
+    python examples/convert_weights.py model.safetensors official.npz --from huggingface
+    python examples/convert_weights.py official.npz model.safetensors --to timm
 
     flat = from_library(read_arrays("model.safetensors"), "timm")
     config = vit.infer_config(flat, gelu="exact")
@@ -12,26 +12,31 @@ What      timm, Hugging Face and the official code store the same model under ot
           transposed kernels; timm keeps query, key and value in one array. Hugging Face's names are
           those of a saved ViTForImageClassification, such as google/vit-base-patch16-224; a saved
           ViTModel is read, too. The ending of a file says how it is read or written.
-Not told  No array tells these. Look into timm's model.pretrained_cfg or Hugging Face's config.json.
+Check     No array tells the following. timm: model.blocks[0].attn.num_heads and mlp.act,
+          model.norm.eps, and model.pretrained_cfg for the pictures. Hugging Face: config.json, and
+          preprocessor_config.json for the pictures.
           Heads: --heads, by default the width divided by 64 up to a width of 1,024.
-          GELU: exact in timm and Hugging Face unless their settings say otherwise, tanh in the
-          official files. In vit.py it is Config.gelu; mixer.py has tanh only.
-          Epsilon of LayerNorm: 1e-6 in the official code and in timm. Hugging Face's default is
-          1e-12: set layer_norm_eps=1e-6 for equal numbers.
-          Pictures: vit.preprocess maps them to [-1, 1], the mean and deviation 0.5 of most timm
-          files and of Google's. DINO, DeiT and MAE need ImageNet's, which examples/real_vit.py
-          folds into the patch embedding.
-          Pooling: a file with a class token is read as a model that passes it to the head.
-Not here  What vit.py has no place for is refused by name: timm's fc_norm (a LayerNorm after the
-          mean of the patches), LayerScale, registers, distillation tokens, attention pooling.
-Checked   Outputs against timm 1.0 and transformers 5.24 (tests/golden/convert_weights), random
-          weights; `make test-network` builds the libraries' models anew, compares a gradient, too,
-          and loads converted files into them. All within 1e-5 of the largest value. No released
-          file was converted.
+          GELU: by default exact in timm and Hugging Face, tanh in the official code. vit.py has
+          Config.gelu, mixer.py tanh only.
+          Epsilon of LayerNorm: 1e-6 here and in timm, 1e-12 by default in Hugging Face. With --to
+          give the model layer_norm_eps=1e-6; with --from outputs differ a little.
+          Pictures: vit.preprocess maps them to [-1, 1], the mean and deviation 0.5 of Google's
+          files and of most in timm. DINO, DeiT and MAE need ImageNet's; official_weights in
+          examples/real_vit.py shows how to fold them into the patch embedding.
+          Pooling: a class token is read as what goes to the head. timm models that have one and
+          average all the same (global_pool="avg", fc_norm=False) would be read wrongly.
+Not here  Refused by name: timm's fc_norm (a LayerNorm after the mean of the patches), LayerScale,
+          registers, distillation tokens, attention pooling; attention without biases; pre_logits in
+          timm, and beside a head in Hugging Face. Pictures that are not square: call from_library.
+Checked   Outputs of timm 1.0.31 and transformers 5.24 (tests/golden/convert_weights), random
+          weights, within 1e-5 of the largest value, with the tanh GELU in timm's Mixer and
+          layer_norm_eps=1e-6 in Hugging Face. `make test-network` builds larger models, and
+          compares the gradient of the patch embedding, too. No released file was converted.
 Needs     examples/requirements.txt (safetensors), for .safetensors only.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import re
@@ -53,8 +58,8 @@ ENDINGS = (".npz", ".safetensors")
 class Layer(NamedTuple):
     """The names of a layer, {} standing for the number of a block; None where it has none.
 
-    kind: "array" has no parts; "norm", "dense" and "patches" have a kernel or scale, and a bias;
-    "to heads" is a dense layer [D] -> [H,K], "from heads" one [H,K] -> [D].
+    kind says what lies below the name: "array" is one array; "norm" a scale and a bias; the others
+    a kernel and a bias. "to heads" is a dense layer [D] -> [H,K], "from heads" one [H,K] -> [D].
     """
 
     kind: str
@@ -66,6 +71,7 @@ class Layer(NamedTuple):
 BLOCK = "Transformer/encoderblock_{}"
 ATTENTION = f"{BLOCK}/MultiHeadDotProductAttention_1"
 HF_BLOCK = "vit.encoder.layer.{}"
+# timm's attn.qkv stands here as attn.q, attn.k and attn.v: see split_qkv.
 VIT = [
     Layer("array", "cls", "cls_token", "vit.embeddings.cls_token"),
     Layer(
@@ -106,7 +112,7 @@ VIT = [
     ),
     Layer("dense", f"{BLOCK}/MlpBlock_3/Dense_1", "blocks.{}.mlp.fc2", f"{HF_BLOCK}.output.dense"),
     Layer("norm", "Transformer/encoder_norm", "norm", "vit.layernorm"),
-    Layer("dense", "pre_logits", None, "vit.pooler.dense"),  # in files without a head
+    Layer("dense", "pre_logits", None, "vit.pooler.dense"),  # of a ViTModel, which has no head
     Layer("dense", "head", "head", "classifier"),
 ]
 MIXER = [
@@ -218,37 +224,34 @@ def check_library(library, layers):
 
 
 def number_of_heads(width, heads):
-    """heads, or by default what released models have. Raises ValueError for an unusual width."""
+    """heads if given, else width / 64, as in Google's models up to L. Raises ValueError above."""
     if heads is None:
         require(
             width % 64 == 0 and width <= 1024,
             f"a width of {width} does not tell the number of heads: give --heads",
         )
         return width // 64
-    require(
-        heads >= 1 and width % heads == 0, f"a width of {width} is no multiple of {heads} heads"
-    )
+    require(width % heads == 0, f"a width of {width} is not a multiple of {heads} heads")
     return heads
 
 
 def from_library(arrays, library, heads=None) -> dict:
-    """Named numpy arrays of a library under the official names, for vit.from_official or mixer's.
+    """Named numpy arrays of a library under the official names.
 
-    library: "timm" or "huggingface". heads: of a ViT; by default the width divided by 64. Raises
-    ValueError for a name that vit.py or mixer.py has no place for; vit.from_official and
-    mixer.from_official raise for one that is missing.
+    They are ready for vit.from_official or mixer.from_official, which raise ValueError if one is
+    missing. library: "timm" or "huggingface". heads: of a ViT; by default the width divided by 64.
+    Raises ValueError for a name that has no place, and for heads that do not divide the width.
     """
     layers = layers_of(arrays)
     check_library(library, layers)
     if library == "timm":
         arrays = split_qkv(arrays)
-    elif not any(name.startswith("vit.") for name in arrays):  # a ViTModel
-        arrays = {f"vit.{name}": array for name, array in arrays.items()}
     flat = {}
     for name, array in arrays.items():
         place = find(name, layers, library)
-        if place is None:
-            raise ValueError(f"{name} is no array of {library}'s that {reason(name, layers)}")
+        if place is None and library == "huggingface":
+            place = find(f"vit.{name}", layers, library)  # a saved ViTModel has no prefix
+        require(place, refusal(name, layers, library))
         layer = place.layer
         official = layer.official.format(place.block)
         if layer.kind == "array":
@@ -259,34 +262,40 @@ def from_library(arrays, library, heads=None) -> dict:
         if place.part == "weight":
             part = "scale" if layer.kind == "norm" else "kernel"
         count = None
-        if "heads" in layer.kind:
+        if layer.kind in ("to heads", "from heads"):
             count = number_of_heads(array.shape[-1], heads)
         flat[f"{official}/{part}"] = official_array(array, layer.kind, part, count)
     return flat
 
 
-def reason(name, layers):
-    """The end of the sentence that says why a name is refused."""
-    for other in (*LIBRARIES, "official"):
-        if find(name, layers, other):
-            return f"is read here: it is one of {other}"
-    return f"{'mixer.py' if layers is MIXER else 'vit.py'} has a place for"
+def refusal(name, layers, wanted):
+    """Says why a name has no place among those wanted: a library's, or the official ones."""
+    if wanted != "official" and find(name, layers, "official"):
+        return f"{name} is an official name: such a file needs --to, not --from"
+    for library in LIBRARIES:
+        if library != wanted and find(name, layers, library):
+            return f"{name} is one of {library}'s names: such a file needs --from {library}"
+    return f"{name}: {'mixer.py' if layers is MIXER else 'vit.py'} has no such array"
 
 
 def to_library(flat, library) -> dict:
-    """The inverse of from_library. Raises ValueError for a layer that the library does not have."""
+    """The inverse of from_library; Hugging Face's names are those of ViTForImageClassification.
+
+    Raises ValueError for arrays that are not a whole model, and for a layer that the library does
+    not have.
+    """
     layers = layers_of(flat)
     check_library(library, layers)
+    check_official(flat)
     module = mixer if layers is MIXER else vit
     flat = module.released_names(flat)
     require(
         library != "huggingface" or "pre_logits/kernel" not in flat or "head/kernel" not in flat,
-        "pre_logits: Hugging Face has this layer in a model without a head only",
+        "the file has pre_logits and a head; Hugging Face's ViTModel has pre_logits alone",
     )
     arrays = {}
     for name, array in flat.items():
         place = find(name, layers, "official")
-        require(place, f"{name} is no official name")
         layer = place.layer
         template = getattr(layer, library)
         require(template, f"{name}: {library} has no such layer")
@@ -294,12 +303,11 @@ def to_library(flat, library) -> dict:
         if layer.kind == "array":
             arrays[theirs] = array
             continue
-        require(place.part in ("kernel", "scale", "bias"), f"{name} is no official name")
         part = "bias" if place.part == "bias" else "weight"
         arrays[f"{theirs}.{part}"] = torch_array(array, layer.kind, place.part)
     if library == "timm":
         arrays = join_qkv(arrays)
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return arrays
 
 
 # ==== Files =======================================================================================
@@ -316,7 +324,6 @@ def safetensors():
 
 def read_arrays(path) -> dict:
     """The arrays of an .npz or .safetensors, float32. Raises ValueError if it is not readable."""
-    require(pathlib.Path(path).exists(), f"{path} does not exist")
     if str(path).endswith(".safetensors"):
         module = safetensors()
         try:
@@ -339,36 +346,57 @@ def write_arrays(path, arrays):
         return
     module = safetensors()
     partial = pathlib.Path(f"{path}.{os.getpid()}.part")
+    # The library writes memory as it lies: a transposed view would come out scrambled.
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     try:
         module.save_file(arrays, partial, metadata={"format": "pt"})  # transformers wants to know
         partial.replace(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be written: {error}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def check_files(source, target):
-    """Raises ValueError for endings that are unknown, and for a target that is the source."""
-    for path in (source, target):
-        require(
-            path.endswith(ENDINGS),
-            f"{path} does not end with {' or '.join(ENDINGS)}. A .pth or .bin becomes one by "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), target)",
-        )
+    """Raises ValueError for a missing source, unknown endings, and a target that is the source."""
+    endings = " or ".join(ENDINGS)
+    require(
+        source.endswith(ENDINGS),
+        f"{source} does not end with {endings}. A .pth or .bin becomes a .safetensors by "
+        "safetensors.torch.save_file(torch.load(path, weights_only=True), target)",
+    )
+    require(target.endswith(ENDINGS), f"{target} does not end with {endings}")
+    require(os.path.exists(source), f"{source} does not exist")
     same = os.path.exists(target) and os.path.samefile(source, target)
     require(not same, f"{target} is the file to read: choose another name to write")
 
 
-def check_official(flat, gelu):
+def check_official(flat):
     """Raises ValueError unless the arrays are a whole model; returns its Config."""
-    if layers_of(flat) is MIXER:
-        config = mixer.infer_config(flat)
-        mixer.from_official(flat, config)
-    else:
-        config = vit.infer_config(flat, gelu=gelu)
-        vit.from_official(flat, config)
+    layers = layers_of(flat)
+    module = mixer if layers is MIXER else vit
+    for name in module.released_names(flat):
+        require(find(name, layers, "official"), refusal(name, layers, "official"))
+    config = module.infer_config(flat)
+    module.from_official(flat, config)
     return config
+
+
+def advice(config, library, written):
+    """What a user has to set, since no array tells it. written: under the library's names."""
+    if isinstance(config, mixer.Config):
+        if written:
+            return "official GELU: act_layer=functools.partial(torch.nn.GELU, approximate='tanh')"
+        return "mixer.py has the tanh GELU, timm's Mixer by default the exact one: outputs differ"
+    if not written:
+        return 'if its GELU is exact: vit.infer_config(flat, gelu="exact"), train.py --gelu exact'
+    if library == "timm":
+        return f'timm: num_heads={config.heads}, and for the official GELU act_layer="gelu_tanh"'
+    return (
+        f"ViTConfig: num_attention_heads={config.heads}, layer_norm_eps=1e-6, and for the official "
+        'GELU hidden_act="gelu_pytorch_tanh"'
+    )
 
 
 def main(argv=None) -> int:
@@ -382,30 +410,29 @@ def main(argv=None) -> int:
     parser.add_argument("--heads", type=int, help="of a ViT to read (default: its width / 64)")
     args = parser.parse_args(argv)
     try:
-        require(args.heads is None or args.library_from, "--heads: an official file tells them")
+        require(args.heads is None or args.heads >= 1, f"--heads {args.heads} is not at least 1")
+        require(
+            args.heads is None or args.library_from,
+            "--heads is for --from: the shapes of an official file tell them",
+        )
         check_files(args.source, args.target)
         arrays = read_arrays(args.source)
         is_vit = layers_of(arrays) is VIT
         require(args.heads is None or is_vit, "--heads: a Mixer has none")
         if args.library_from:
             result = from_library(arrays, args.library_from, args.heads)
-            config = check_official(result, gelu="exact")
+            config = check_official(result)
         else:
-            config = check_official(arrays, gelu="tanh")
+            config = check_official(arrays)
             result = to_library(arrays, args.library_to)
         write_arrays(args.target, result)
     except ValueError as error:
         print(f"convert_weights.py: {error}", file=sys.stderr)
         return 2
-    print(config)
-    if args.library_from and is_vit:
-        print('read it with vit.infer_config(flat, gelu="exact"), or train.py --gelu exact')
-    if args.library_to == "timm":
-        print('the official GELU: timm.create_model(..., act_layer="gelu_tanh")')
-    if args.library_to == "huggingface":
-        print(
-            'the official GELU and LayerNorm: hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6'
-        )
+    if is_vit:
+        assumed = " (assumed from the width)" if args.library_from and not args.heads else ""
+        print(f"width {config.width}, {config.depth} blocks, {config.heads} heads{assumed}")
+    print(advice(config, args.library_from or args.library_to, written=bool(args.library_to)))
     print(f"wrote {args.target}: {len(result)} arrays")
     return 0
 

@@ -99,6 +99,13 @@ def test_heads_are_the_width_divided_by_64_where_released_models_have_that():
     assert convert.number_of_heads(1280, 16) == 16
 
 
+def test_a_part_of_a_model_is_refused():
+    flat = random_official(vit, VIT)
+    del flat["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/bias"]
+    with pytest.raises(ValueError, match="encoderblock_1/.*/query/bias is missing"):
+        convert.to_library(flat, "timm")
+
+
 # ==== Program and errors ==========================================================================
 
 
@@ -111,13 +118,21 @@ def test_program_converts_files_of_both_kinds(tmp_path, capsys):
 
     assert run("official.npz", "hf.safetensors", "--to", "huggingface") == 0
     text = capsys.readouterr().out
-    assert f"{len(flat)} arrays" in text and 'hidden_act="gelu_pytorch_tanh"' in text
+    assert f"{len(flat)} arrays" in text and "num_attention_heads=2, layer_norm_eps=1e-6" in text
     safe_open = importlib.import_module("safetensors").safe_open
     with safe_open(tmp_path / "hf.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
     assert run("hf.safetensors", "back.npz", "--from", "huggingface", "--heads", "2") == 0
-    assert 'gelu="exact"), or train.py --gelu exact' in capsys.readouterr().out
+    assert 'vit.infer_config(flat, gelu="exact")' in capsys.readouterr().out
     assert_same(vit.read_npz(tmp_path / "back.npz"), flat)
+    assert run("hf.safetensors", "back.safetensors", "--from", "huggingface", "--heads", "2") == 0
+    assert_same(convert.read_arrays(tmp_path / "back.safetensors"), flat)
+
+    vit.write_npz(tmp_path / "mixer.npz", random_official(mixer, MIXER))
+    assert run("mixer.npz", "timm.npz", "--to", "timm") == 0
+    assert "act_layer=functools.partial(torch.nn.GELU" in capsys.readouterr().out
+    assert run("timm.npz", "back.npz", "--from", "timm") == 0
+    assert "mixer.py has the tanh GELU" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -132,21 +147,26 @@ def test_half_precision_becomes_float32(tmp_path):
 @pytest.mark.parametrize(
     ("change", "flags", "message"),
     [
-        ({"fc_norm.weight": np.ones(16)}, "--from timm", "vit.py has a place for"),
+        (
+            {"fc_norm.weight": np.ones(16)},
+            "--from timm",
+            "fc_norm.weight: vit.py has no such array",
+        ),
         ({"norm.weight": None}, "--from timm", "encoder_norm/scale is missing"),
         ({"norm.running": np.ones(16)}, "--from timm", "norm.running is neither a weight nor"),
         ({"norm.weight": np.ones(16, bool)}, "--from timm", "norm.weight is bool, not floating"),
-        ({}, "--from timm --heads 3", "a width of 16 is no multiple of 3 heads"),
-        ({}, "--from timm --heads 0", "a width of 16 is no multiple of 0 heads"),
-        ({}, "--from huggingface", "is no array of huggingface's that vit.py has"),
-        ({}, "--to timm --heads 2", "--heads: an official file tells them"),
+        ({}, "--from timm --heads 3", "a width of 16 is not a multiple of 3 heads"),
+        ({}, "--from timm --heads 0", "--heads 0 is not at least 1"),
+        ({}, "--from huggingface", "is one of timm's names: such a file needs --from timm"),
+        ({}, "--to huggingface", "is one of timm's names: such a file needs --from timm"),
+        ({}, "--to timm --heads 2", "--heads is for --from: the shapes of"),
     ],
 )
 def test_mistakes_are_told_in_one_line(change, flags, message, tmp_path, capsys):
     arrays = {**convert.to_library(random_official(vit, VIT), "timm"), **change}
     arrays = {name: array for name, array in arrays.items() if array is not None}
     vit.write_npz(tmp_path / "timm.npz", arrays)
-    if "--heads" not in flags:
+    if "--from" in flags and "--heads" not in flags:
         flags += " --heads 2"
     paths = str(tmp_path / "timm.npz"), str(tmp_path / "out.npz")
     assert convert.main([*paths, *flags.split()]) == 2
@@ -172,18 +192,19 @@ def test_files_that_cannot_be_converted(tmp_path, capsys, monkeypatch):
 
     to_timm = "--to", "timm"
     to_hugging_face = "--to", "huggingface"
-    refused("none.npz does not exist", "none.npz", "out.npz", *to_timm)
+    refused("none.npz does not exist", "none.npz", "vit.npz", *to_timm)
     refused("is not a readable .safetensors", "bad.safetensors", "out.npz", *to_timm)
     refused("x.pth does not end with .npz or", "x.pth", "out.npz", *to_timm)
     refused("out.bin does not end with .npz or", "vit.npz", "out.bin", *to_timm)
     refused("vit.npz is the file to read", "vit.npz", "./vit.npz", *to_timm)
     refused("cannot be written", "vit.npz", "folder.safetensors", *to_timm)
+    refused("cannot be written", "vit.npz", "mixer.npz/x.safetensors", *to_timm)
     refused("pre_logits/bias: timm has no such layer", "layer.npz", "out.npz", *to_timm)
-    refused("pre_logits: Hugging Face has this", "layer.npz", "out.npz", *to_hugging_face)
+    refused("the file has pre_logits and a head", "layer.npz", "out.npz", *to_hugging_face)
     refused("a Mixer, which Hugging Face does not", "mixer.npz", "out.npz", *to_hugging_face)
     heads = "--from", "timm", "--heads", "2"
     refused("--heads: a Mixer has none", "mixer.npz", "out.npz", *heads)
-    refused("is read here: it is one of official", "vit.npz", "out.npz", *heads)
+    refused("is an official name: such a file needs --to", "vit.npz", "out.npz", *heads)
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)  # import fails
     refused("need: pip install safetensors", "bad.safetensors", "out.npz", *to_timm)
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("out*"))

@@ -13,6 +13,7 @@ GPU = os.environ.get("TEST_GPU") == "1"
 # By the environment, not by jax.config: tests start processes of their own.
 if not GPU:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles sooner, to slower code
 os.environ["MPLBACKEND"] = "Agg"  # no window, on a machine with a display either
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What a test or a process has compiled is there for the next, until the tests end.
@@ -30,13 +31,11 @@ jax.config.update("jax_default_matmul_precision", "highest")  # else GPUs multip
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # for `import vit` from any folder
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Compiles in half the time to slower code, here and in processes that are started here."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(autouse=True)
+def optimized_if_long(request):
+    """Long tests, which run more than they compile, do so with all optimizations of XLA."""
+    long = request.node.get_closest_marker("long") is not None
+    jax.config.update("jax_disable_most_optimizations", not GPU and not long)
 
 
 def pytest_report_header():

@@ -776,7 +776,6 @@ def held(tree):
     return {name: x.addressable_shards[0].data.size for name, x in tree.items()}
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("axis_type", "momentum"),
     [
@@ -823,7 +822,6 @@ def psums(jaxpr):
     return common.count(jaxpr, lambda eqn: int(eqn.primitive.name.startswith("psum")))
 
 
-@pytest.mark.usefixtures("quick")
 def test_c6_in_shard_map_each_device_updates_its_part():
     params, grads = sharded_problem()
     want = steps_of(sharded_amos(0.9), params, grads)
@@ -897,7 +895,6 @@ def test_specs_of_a_chain_with_others():
     assert trace.trace == SPECS and count.count == P() and amos_state(ours).v == SLOT_SPECS
 
 
-@pytest.mark.usefixtures("quick")
 def test_train_py_trains_vit_with_slots_cut_as_its_weights():
     """With the optimizer of `train.py vit --optimizer amos --fsdp`.
 
@@ -1109,7 +1106,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(amos, "SEEDS", 2)
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_trains_and_draws(tiny, tmp_path, capsys):
     out = tmp_path / "d.png"
     assert amos.main(["--data", tiny, "--out", str(out), "--steps", "3"]) == 0
@@ -1176,7 +1173,7 @@ def test_demo_trains_on_one_schedule_with_both():
             np.testing.assert_allclose(updates["dense3"]["kernel"], -0.05 * t * eta, rtol=2e-4)
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_stops_if_no_loss_is_finite(tiny, capsys, monkeypatch):
     # The first of the two seeds is lost at every rate.
     def loss(params, images, labels):

@@ -20,7 +20,6 @@ from vit import named_leaves
 sys.path.insert(0, str(ROOT / "examples"))
 import byte_lm  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick")
 SMALL = byte_lm.Config(width=16, depth=2, heads=2, mlp=32)
 
 

@@ -42,7 +42,6 @@ def assert_same(got, want):
 # ==== Golden: outputs of the libraries ============================================================
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("name", "module"),
     [

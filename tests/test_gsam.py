@@ -776,7 +776,6 @@ def test_wrong_labels_are_as_many_as_stated():
     np.testing.assert_array_equal(data.held_out_labels, labels[1000:])
 
 
-@pytest.mark.usefixtures("quick")
 def test_demo_trains_and_draws(digits, tmp_path, capsys):
     out = tmp_path / "d.png"
     assert gsam.main(["--data", digits, "--out", str(out), "--steps", "13"]) == 0
@@ -794,7 +793,6 @@ def test_demo_trains_and_draws(digits, tmp_path, capsys):
     assert text[-1] == f"wrote {out}" and out.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.usefixtures("quick")
 def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gsam, "LEARNING_RATE", 1e38)
     out = tmp_path / "d.png"
@@ -803,7 +801,6 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
     assert not out.exists()
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("gain", "status"), [(8.1, 0), (7.9, 1), (math.nan, 1)])
 def test_demo_prints_its_result_where_it_cannot_draw(gain, status, capsys, monkeypatch, tmp_path):
     """With stand-ins for all that takes long. Below the floor it fails."""
@@ -848,7 +845,6 @@ def test_demo_refuses_in_one_line(flags, message, digits, tmp_path, capsys, monk
     assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("quick")
 def test_it_trains_a_vit():
     """Around the gradient of vit.py, on 2 x 4 devices, the numbers of one device."""
     config = vit.Config(image_size=8, patch_size=4, width=16, depth=1, heads=4, mlp=32, classes=3)

@@ -215,7 +215,6 @@ def test_readme_has_a_row_for_each_file():
         assert f"| {len(source.splitlines()):,} |" in rows[0], f"{name}.py has other lines now"
 
 
-@pytest.mark.usefixtures("quick")
 def test_readme_code_runs(tmp_path, monkeypatch):
     """With a small stand-in for the released checkpoint, of the same patches and image size."""
     readme = (ROOT / "README.md").read_text()
@@ -278,7 +277,6 @@ SLOW = ("performer", "moe", "vdm")  # whose short demos still take a quarter of 
 ALONE = [pytest.param(name, marks=[pytest.mark.long] * (name in SLOW)) for name in SOURCES]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", ALONE)
 def test_a_file_copied_alone_runs(name, tmp_path):
     silent(check_alone(name, SOURCES[name], tmp_path))

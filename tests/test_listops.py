@@ -16,7 +16,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 import byte_lm  # noqa: E402
 import listops  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick")
 TINY = byte_lm.Config(width=16, depth=2, heads=2, mlp=32)
 NAMES = listops.SYMBOLS
 

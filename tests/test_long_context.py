@@ -39,7 +39,6 @@ def test_zigzag_order_by_hand():
     assert order.tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("n", [2, 8])
 @pytest.mark.parametrize("few", [0, 2**16])
 def test_zigzag_gives_the_values_and_gradients_of_one_device(n, few, monkeypatch):
@@ -119,7 +118,6 @@ def test_zigzag_attention_refuses():
 # ==== Cache =======================================================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_decoding_equals_causal_attention_with_rows_of_any_length():
     q, k, v = normal((2, 7, 4, 4), (2, 7, 2, 4), (2, 7, 2, 4))
     prompt = np.array([3, 1])  # the tokens that each row begins with
@@ -162,7 +160,6 @@ def test_init_cache_takes_sizes_and_a_dtype():
     assert cache["k"].dtype == cache["v"].dtype == jnp.bfloat16
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_window_over_the_cache():
     q, k, v = normal(*[(1, 6, 2, 4)] * 3)
     cache = long_context.init_cache(1, 6, 2, 4)
@@ -206,7 +203,6 @@ def test_init_cache_refuses(name):
 # ==== Program =====================================================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_program_compares_the_rings(capsys):
     assert long_context.main(["--devices", "2", "--length", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -215,7 +211,6 @@ def test_program_compares_the_rings(capsys):
     assert lines[3].startswith("cache: 64 tokens one by one")
 
 
-@pytest.mark.usefixtures("quick")
 def test_program_runs_alone(capsys):
     assert long_context.main(["--alone", "20000"]) == 0
     lines = capsys.readouterr().out.splitlines()

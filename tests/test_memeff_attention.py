@@ -58,7 +58,6 @@ def run_golden(function, arrays, dtype="float32", **options):
     return [x[0].astype("float32") for x in (out, *grads)]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_golden_official_code(name, form):
@@ -88,7 +87,6 @@ def test_golden_where_the_official_code_errs_is_exact_here(form):
     assert np.abs(arrays["out/mefficient"] - arrays["out/exact_f64"]).max() > 0.3
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", FLOAT64)
 def test_golden_in_float64(name):
     """A query that sees nothing gives zeros and has no gradient: the names with _neg_inf_zero."""
@@ -253,7 +251,6 @@ def one_by_one(monkeypatch):
     monkeypatch.setattr(memeff, "FEW", 0)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("seed", range(12))
 def test_c1_exact_for_every_length_chunk_mask_and_bias(seed, monkeypatch):
     """The abstract: an algorithm for attention itself, not for an approximation of it."""
@@ -373,7 +370,6 @@ def ring(n, **options):
     return jax.shard_map(local, mesh=mesh, in_specs=CUT, out_specs=out_specs)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("n", "causal"), [(2, True), (4, False), (8, True)])
 def test_c5_the_ring_gives_the_numbers_of_one_device(n, causal, monkeypatch):
     """Values, log-sum-exp and gradients, with heads that share keys; head by head on 4 devices."""
@@ -428,7 +424,6 @@ def test_c5_ppermutes_are_counted(n, causal):
 # ==== C6 and C7 ===================================================================================
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("cuts", "backwards"), [((13,), False), ((1, 2, 19), True), ((5, 10, 15), False)]
 )
@@ -578,7 +573,6 @@ def test_a_query_that_sees_nothing_gives_zeros_and_no_gradient(function):
     assert all(bool(jnp.isfinite(x).all()) for x in (out, *grads))
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_bias_of_minus_infinity_hides_a_key_as_a_mask_does():
     qkv = normal((1, 6, 2, 4), (1, 5, 2, 4), (1, 5, 2, 4))
     mask = np.random.default_rng(0).random((6, 5)) < 0.5
@@ -596,7 +590,6 @@ def test_a_bias_of_minus_infinity_hides_a_key_as_a_mask_does():
         close(a, b, 1e-6)
 
 
-@pytest.mark.usefixtures("quick")
 def test_second_derivatives_by_reverse_over_reverse_and_forward_mode_is_refused():
     q, k, v = normal((1, 5, 2, 3), (1, 4, 1, 3), (1, 4, 1, 2))
     along = np.cos(np.arange(q.size)).reshape(q.shape)
@@ -658,7 +651,6 @@ def test_numpy_arrays_of_float64_meet_a_jax_array():
     close(got, by_hand(q, k, v, np.ones((1, 5, 2, 4)))["q"], 1e-6)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("few", [0, 2**16])
 @pytest.mark.parametrize("function", [memeff.attention, memeff.attention_by_definition])
 def test_no_implicit_promotion_of_ranks_or_dtypes(function, few, monkeypatch):
@@ -682,7 +674,6 @@ def test_no_implicit_promotion_of_ranks_or_dtypes(function, few, monkeypatch):
 # ==== Sharding ====================================================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_inside_shard_map_with_a_replicated_bias():
     """check_vma is on; the gradient of the bias is summed over the devices that have copies."""
     *qkv, dout, bias = normal((8, 6, 2, 4), (8, 5, 2, 4), (8, 5, 2, 4), (8, 6, 2, 4), (2, 6, 5))
@@ -719,7 +710,6 @@ FLASH = [  # T, S, H, G, K, V, options
 ]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("T", "S", "H", "G", "K", "V", "options"), FLASH)
 def test_kernel_equals_the_definition_value_and_gradient(T, S, H, G, K, V, options):
     shapes = (2, T, H, K), (2, S, G, K), (2, S, G, V), (2, T, H, V), (2, H, T)
@@ -739,7 +729,6 @@ def test_kernel_equals_the_definition_value_and_gradient(T, S, H, G, K, V, optio
     close_gradients(grads, [want[name] for name in "qkv"], 1e-6)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("window", [None, 2**30])
 @pytest.mark.parametrize("offset", [190, 191, 2**30, -(2**30)])
 def test_kernel_with_a_large_query_offset(offset, window):
@@ -910,7 +899,6 @@ def test_ring_attention_refuses():
 # ==== Demo ========================================================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_demo_measures_and_draws(tmp_path, capsys):
     out = tmp_path / "figure.png"
     assert memeff.main(["--longest", "8", "--out", str(out)]) == 0
@@ -981,7 +969,6 @@ def test_demo_refuses_in_one_line(flags, message, capsys):
     assert not out
 
 
-@pytest.mark.usefixtures("quick")
 def test_demo_prints_its_result_where_it_cannot_draw(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert memeff.main(["--longest", "8", "--out", str(tmp_path / "x.png")]) == 0

@@ -345,7 +345,6 @@ def shuffle_patches(images, order):
     return shuffled.reshape(images.shape)
 
 
-@pytest.mark.usefixtures("quick")
 def test_c3_the_order_of_the_patches_does_not_matter():
     """Sec. 3.4: "invariant to the order of patches and pixels within the patches"."""
     rng = np.random.default_rng(1)
@@ -404,7 +403,6 @@ def crops_of(images, size):
     ]
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("down, across", [(2, 2), (1, 3), (3, 1)])
 def test_c5_an_enlarged_model_sees_crops(down, across):
     """App. C: W_1 and W_2 become block-diagonal, with a copy of the old weights for every crop."""
@@ -485,7 +483,6 @@ def test_params_of_another_config_are_refused():
 # ==== Numbers and the compiled program ============================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_bfloat16_is_finite_and_close_at_extreme_inputs():
     config = change(TINY, dtype="bfloat16")
     batch = random_batch(TINY)
@@ -587,7 +584,6 @@ def one_device():
     return params, batch, float(value), mixer.named_leaves(grads)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fsdp", [False, True])
 @pytest.mark.parametrize("data, model", MESHES)
 def test_mesh_gives_the_loss_and_gradients_of_one_device(data, model, fsdp):
@@ -652,7 +648,6 @@ def test_stochastic_depth_on_a_mesh_differs_between_rows_alone(monkeypatch):
     assert drawn == [((2, 2, 4, 1, 1), ["data"])]  # half of the 8 rows, the same over "model"
 
 
-@pytest.mark.usefixtures("quick")
 def test_train_step_compiles_once_and_equals_optax_on_one_device():
     config = change(TINY, fsdp=True)
     optimizer = optax.sgd(0.1, momentum=0.9)
@@ -912,7 +907,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(mixer, "DIGITS", change(mixer.DIGITS, width=16, depth=1))
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_trains_and_draws(digits, tmp_path, capsys):
     out = tmp_path / "d.png"
     flags = ["--data", digits, "--out", str(out), "--steps", "3"]
@@ -940,7 +935,7 @@ def test_demo_trains_and_draws(digits, tmp_path, capsys):
     assert out.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monkeypatch):
     recipe = mixer.RECIPES["digits"]._replace(learning_rate=1e38)
     monkeypatch.setitem(mixer.RECIPES, "digits", recipe)
@@ -950,7 +945,7 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
     assert not out.exists()
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_prints_its_result_where_it_cannot_draw(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # import fails
     assert mixer.main(["--data", digits, "--out", str(tmp_path / "d.png"), "--steps", "1"]) == 0

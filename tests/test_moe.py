@@ -21,7 +21,6 @@ import common
 import moe
 from common import ROOT, close, close_gradients, count, matmul_flops, mesh_of, part
 
-pytestmark = pytest.mark.usefixtures("quick")
 golden = functools.partial(common.golden, "moe")
 GOLDENS = [path.stem for path in sorted((ROOT / "tests/golden/moe").glob("*.npz"))]
 TINY = moe.Config(

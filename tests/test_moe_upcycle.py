@@ -38,7 +38,6 @@ def images():
     return np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3)).astype(np.float32)
 
 
-@pytest.mark.usefixtures("quick")
 def test_with_k_equal_to_the_experts_it_computes_what_the_dense_model_did():
     params = random_params()
     sparse = moe_upcycle.upcycle(params, SPARSE, jax.random.key(0))
@@ -54,7 +53,6 @@ def test_with_k_equal_to_the_experts_it_computes_what_the_dense_model_did():
     assert moe_upcycle.difference(params, DENSE, sparse, fewer, images())[0] > 0.05
 
 
-@pytest.mark.usefixtures("quick")
 def test_with_fewer_the_branch_is_scaled_by_the_sum_of_the_gates():
     config = dataclasses.replace(SPARSE, k=2, capacity_factor=4.0)
     params = random_params()
@@ -83,7 +81,6 @@ def test_costs_by_hand():
     assert saved > 2 * 4 * 16 * 24  # at least the products of an expert, in each of two blocks
 
 
-@pytest.mark.usefixtures("quick")
 def test_writes_a_checkpoint_that_train_py_reads(tmp_path, capsys):
     vit.save(tmp_path / "dense.npz", random_params(), DENSE)
     flags = ["--checkpoint", str(tmp_path / "dense.npz"), "--out", str(tmp_path / "new")]
@@ -106,7 +103,6 @@ def test_writes_a_checkpoint_that_train_py_reads(tmp_path, capsys):
     )
 
 
-@pytest.mark.usefixtures("quick")
 def test_what_it_makes_is_trained_by_train_py_and_tested_with_other_capacities(tmp_path, capsys):
     """60 pictures of three classes that differ in brightness."""
     dense = dataclasses.replace(DENSE, classes=3)
@@ -188,7 +184,6 @@ def random_moe_params(config):
     return jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.usefixtures("quick")
 def test_blank_examples_take_no_slot_of_an_expert():
     """Whatever they hold, the others of their group get the same logits."""
     config = dataclasses.replace(

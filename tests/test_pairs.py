@@ -30,7 +30,6 @@ WITHOUT_EFFECT = ("key/bias", "token_mixing/Dense_1/bias")
 MESHES = {vit: "data=2,model=4", mixer: "data=2,model=4", moe: "data=8,model=1"}
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("module", SMALL, ids=lambda module: module.__name__)
 def test_gsam_and_amos_train_it_alike_on_one_device_and_on_eight(module, tmp_path, monkeypatch):
     monkeypatch.setitem(module.SIZES, "small", SMALL[module])

@@ -16,7 +16,6 @@ import performer
 from common import ROOT, close, count, matmul_flops
 from performer import Features, favor_attention
 
-pytestmark = pytest.mark.usefixtures("quick")
 golden = functools.partial(common.golden, "performer")
 GOLDENS = [path.stem for path in sorted((ROOT / "tests/golden/performer").glob("*.npz"))]
 

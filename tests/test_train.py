@@ -94,7 +94,6 @@ def test_golden_pretraining_optimizer():
             close(got[name], want, 1e-5)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "name, dtype, tolerance",
     [
@@ -159,7 +158,6 @@ def random_batch(size=8, masked=()):
     return {"images": images, "labels": labels}
 
 
-@pytest.mark.usefixtures("quick")
 def test_microbatches_equal_the_whole_batch():
     """On a mesh, and with rows that do not count spread unevenly over the microbatches."""
     mesh = mesh_of(2, 2)
@@ -561,7 +559,6 @@ def start(*flags):
 # The longest tests come first, so that with two workers both finish at about the same time.
 
 
-@pytest.mark.usefixtures("quick")
 def test_killed_twice_and_resumed_it_ends_with_the_same_bits(brightness, tmp_path, monkeypatch):
     monkeypatch.setitem(vit.SIZES, "small", change(SMALL, dropout=0.1))
     flags = "--size small --batch 8 --steps 8 --every 2 --report 1 --mesh data=2,model=1"
@@ -584,7 +581,6 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bits(brightness, tmp_pat
     assert [row["loss"] for row in cut] == [row["loss"] for row in whole]
 
 
-@pytest.mark.usefixtures("quick")
 def test_two_processes_of_four_devices_train_as_one_of_eight(folder, tmp_path, monkeypatch):
     """With amos.py, whose slots are smaller than the weights and sharded like them."""
     monkeypatch.setitem(vit.SIZES, "small", change(SMALL, dropout=0.1))
@@ -613,7 +609,6 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(folder, tmp_path, m
     assert "result: held-out accuracy" in texts[0] and "result:" not in texts[1]
 
 
-@pytest.mark.usefixtures("quick")
 def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys, monkeypatch):
     sizes = set()
     batches = train.evaluation_batches
@@ -657,7 +652,6 @@ def test_trains_evaluates_and_keeps_what_is_needed(brightness, tmp_path, capsys,
     assert "holds the states of a run: continue it with --resume" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_folder_with_a_damaged_picture(folder, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--data", folder, "--size", "small", "--image-size", 8, "--batch", 8]
@@ -686,7 +680,6 @@ def test_a_folder_with_a_damaged_picture(folder, tmp_path, capsys):
     assert float(best[1]) >= float(best[3]) >= float(best[5])
 
 
-@pytest.mark.usefixtures("quick")
 def test_fine_tuning_and_probing_of_a_released_checkpoint(brightness, tmp_path, capsys):
     released = change(TINY, image_size=16, classes=7, representation=6, gelu="exact")
     checkpoint = tmp_path / "released.npz"
@@ -709,7 +702,6 @@ def test_fine_tuning_and_probing_of_a_released_checkpoint(brightness, tmp_path, 
     assert float(re.search(spread, printed, re.M)[1]) > 60
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_mixer_is_trained_and_adapted_to_twice_the_size(brightness, tmp_path, capsys):
     out = tmp_path / "run"
     flags = ["--data", brightness, "--batch", 16, "--steps", 30, "--crop", 1]
@@ -730,7 +722,6 @@ def test_a_mixer_is_trained_and_adapted_to_twice_the_size(brightness, tmp_path, 
     mixer.check_names(*map(mixer.named_leaves, (task.params, mixer.param_table(larger))), "adapted")
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.long  # test_gsam.py trains vit.py in less time
 @pytest.mark.parametrize(
     "perturb, mesh",
@@ -813,7 +804,6 @@ def test_flags_of_another_model_are_refused(brightness, tmp_path, capsys):
     refused("it is not a ViT of this kind", *checkpoint, model="vit")
 
 
-@pytest.mark.usefixtures("quick")
 def test_resume_compares_what_matters_and_not_where_the_data_lies(brightness, tmp_path, capsys):
     out = tmp_path / "run"
     flags = "--size small --batch 8 --every 2".split()
@@ -839,7 +829,6 @@ def test_resume_compares_what_matters_and_not_where_the_data_lies(brightness, tm
     assert checksums[0] != checksums[1]  # held-out pictures count, too
 
 
-@pytest.mark.usefixtures("quick")
 def test_weights_that_are_not_finite_are_not_saved(brightness, tmp_path, capsys, monkeypatch):
     finite = iter([True, False])
     monkeypatch.setattr(train, "all_finite", lambda params: next(finite))

@@ -20,7 +20,6 @@ import common
 import vdm
 from common import ROOT, close, mesh_of, part
 
-pytestmark = pytest.mark.usefixtures("quick")
 golden = functools.partial(common.golden, "vdm")
 GOLDENS = [path.stem for path in sorted((ROOT / "tests/golden/vdm").glob("*.npz"))]
 TINY = vdm.Config(
@@ -689,8 +688,7 @@ def test_c7_the_gradient_of_the_squares_is_that_of_the_variance():
 
 @pytest.mark.long
 def test_c7_on_digits_the_learned_schedule_halves_the_variance():
-    """The demo's model, with all optimizations of XLA: 4.2 times is what the demo prints."""
-    jax.config.update("jax_disable_most_optimizations", False)
+    """The demo's model: 4.2 times is what the demo prints."""
     images = vdm.read_digits(ROOT / "data/digits8x8.npz")
     test = images[: vdm.HELD_OUT]
     rest = images[vdm.HELD_OUT :]

@@ -20,7 +20,6 @@ import vdm_compress  # noqa: E402, found by the line above
 import vdm_ode  # noqa: E402
 import vdm_train  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick")
 TINY = vdm.Config(
     image_size=4,
     channels=1,

@@ -221,7 +221,6 @@ def test_dropout_keeps_the_mean():
     assert abs(float(y.mean()) - 1) < 0.02
 
 
-@pytest.mark.usefixtures("quick")
 def test_dropout_falls_in_four_places_and_nowhere_else(monkeypatch):
     """As the official code: after the positions; hidden units and both sums of a block."""
     config = change(TINY, dropout=0.5, depth=1, remat=False)
@@ -245,7 +244,6 @@ def test_dropout_falls_in_four_places_and_nowhere_else(monkeypatch):
     close(got, vit.layer_norm(x + 2 * y, params["norm"]), 1e-5)
 
 
-@pytest.mark.usefixtures("quick")
 def test_dropout_differs_between_rows():
     config = change(TINY, dropout=0.5)
     images = np.zeros((2, 8, 12, 3), np.float32)  # two equal rows
@@ -253,7 +251,6 @@ def test_dropout_differs_between_rows():
     assert float(abs(out[0] - out[1]).max()) > 0.1
 
 
-@pytest.mark.usefixtures("quick")
 def test_dropout_differs_between_blocks():
     config = change(TINY, dropout=0.5)
     params = jax.tree.map(jnp.zeros_like, random_params(config))
@@ -365,7 +362,6 @@ def test_c3_resizing_to_the_same_grid_changes_nothing():
     np.testing.assert_allclose(got[..., 1], np.ones((3, 1)) * np.linspace(0, 2, 5), atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick")
 def test_c4_a_head_of_zeros_starts_at_log_classes():
     """Sec. 3.2: for fine-tuning the head is replaced by a zero-initialised one."""
     config = change(TINY, classes=7)
@@ -473,7 +469,6 @@ def test_remat_keeps_two_arrays_of_a_block_and_computes_all_but_two_products_aga
 # ==== Numbers and the compiled program ============================================================
 
 
-@pytest.mark.usefixtures("quick")
 def test_bfloat16_is_finite_and_close_at_extreme_inputs():
     config = change(TINY, dtype="bfloat16")
     batch = random_batch(TINY)
@@ -515,7 +510,6 @@ def test_with_bfloat16_sums_norms_and_softmax_stay_float32():
     assert jax.eval_shape(features, shapes_of(config), batch["images"]).dtype == np.float32
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_dtype_is_promoted_in_silence(dtype):
     """JAX_NUMPY_DTYPE_PROMOTION=strict makes every implicit promotion an error."""
@@ -530,7 +524,6 @@ def test_no_dtype_is_promoted_in_silence(dtype):
         vit.preprocess(np.zeros((1, 8, 12, 3), np.uint8))
 
 
-@pytest.mark.usefixtures("quick")
 def test_everything_is_float32_with_x64_too():
     with jax.enable_x64(True):
         params = shapes_of(TINY)
@@ -674,7 +667,6 @@ def test_a_device_does_its_share_of_the_products():
     assert half / 4 < parts < half / 3  # embedding and head are not cut over "model"
 
 
-@pytest.mark.usefixtures("quick")
 def test_train_step_compiles_once_and_equals_optax_on_one_device():
     config = change(WIDE, fsdp=True)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
@@ -708,7 +700,6 @@ def test_train_step_compiles_once_and_equals_optax_on_one_device():
     assert momentum.sharding == state.params["blocks"]["mlp"]["dense1"]["kernel"].sharding
 
 
-@pytest.mark.usefixtures("quick")
 def test_train_step_hands_step_and_folded_key_to_a_gradient():
     optimizer = optax.sgd(1.0)
     mesh = mesh_of(1, 1)
@@ -728,7 +719,6 @@ def test_train_step_hands_step_and_folded_key_to_a_gradient():
     np.testing.assert_allclose(state.params["head"]["bias"], bias - 2)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_state_can_start_from_given_weights():
     params = jax.tree.map(jnp.asarray, random_params(TINY))
     optimizer = optax.sgd(1.0, momentum=0.9)
@@ -744,7 +734,6 @@ def test_a_state_can_start_from_given_weights():
     )
 
 
-@pytest.mark.usefixtures("quick")
 def test_initial_values_do_not_depend_on_the_mesh():
     config = change(WIDE, fsdp=True)
     key = jax.random.key(3)
@@ -777,7 +766,6 @@ def test_dropout_on_a_mesh_differs_between_rows_and_between_hidden_units(monkeyp
     assert drawn == [["data"], ["data"], ["data", "model"], ["data"]]
 
 
-@pytest.mark.usefixtures("quick")
 def test_slots_smaller_than_their_weights_are_placed_too():
     """Optimizers such as Amos keep one number for a row of a kernel, or for a whole weight."""
 
@@ -1150,7 +1138,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(vit, "DIGITS", change(vit.DIGITS, width=16, depth=1, mlp=32))
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_trains_and_draws(digits, tmp_path, capsys):
     out = tmp_path / "d.png"
     flags = ["--data", digits, "--out", str(out), "--steps", "3"]
@@ -1164,7 +1152,6 @@ def test_demo_trains_and_draws(digits, tmp_path, capsys):
     assert out.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.usefixtures("quick")
 def test_demo_counts_every_held_out_picture_once():
     config = change(TINY, image_size=8, channels=1, classes=3)
     params = random_params(config)
@@ -1183,7 +1170,7 @@ def test_augmentation_moves_and_never_invents():
     assert moved.shape == images.shape and len(np.unique(moved, axis=0)) > 10
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monkeypatch):
     recipe = vit.RECIPES["digits"]._replace(learning_rate=1e38)
     monkeypatch.setitem(vit.RECIPES, "digits", recipe)
@@ -1193,7 +1180,7 @@ def test_demo_stops_at_a_loss_that_is_not_finite(digits, tmp_path, capsys, monke
     assert not out.exists()
 
 
-@pytest.mark.usefixtures("quick", "small_demo")
+@pytest.mark.usefixtures("small_demo")
 def test_demo_prints_its_result_where_it_cannot_draw(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # import fails
     assert vit.main(["--data", digits, "--out", str(tmp_path / "d.png"), "--steps", "1"]) == 0

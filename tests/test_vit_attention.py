@@ -106,7 +106,6 @@ def random_params(config):
     return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("pool", ["token", "gap"])
 def test_look_takes_what_the_head_sees(pool):
     config = change(TINY, image_size=(8, 12), pool=pool)
@@ -187,7 +186,6 @@ def pictures(tmp_path_factory):
     return [str(folder / name) for name in ("wide.png", "grey.png", "moving.gif")]
 
 
-@pytest.mark.usefixtures("quick")
 def test_draws_two_figures(checkpoint, pictures, tmp_path, capsys, monkeypatch):
     """On pictures of three formats, for a model of grey pictures whose patches form no square."""
     seen = []
@@ -211,7 +209,6 @@ def test_draws_two_figures(checkpoint, pictures, tmp_path, capsys, monkeypatch):
         assert content[:4] == b"\x89PNG" and len(content) > 10_000
 
 
-@pytest.mark.usefixtures("quick")
 def test_prints_its_result_where_it_cannot_draw(
     checkpoint, pictures, tmp_path, capsys, monkeypatch
 ):
